@@ -1,0 +1,15 @@
+"""Writing K/V rows into pages."""
+
+import torch
+
+
+def store_kv(
+    k_cache: torch.Tensor,  # [num_kv_heads, num_slots, head_dim]
+    v_cache: torch.Tensor,
+    key: torch.Tensor,  # [num_kv_heads, num_rows, head_dim]
+    value: torch.Tensor,
+    slot_mapping: torch.Tensor,  # [num_rows]
+) -> None:
+    """Row i goes to slot_mapping[i]; what was there is overwritten."""
+    k_cache.index_copy_(1, slot_mapping, key)
+    v_cache.index_copy_(1, slot_mapping, value)

@@ -1,0 +1,74 @@
+"""Where the K/V of a packed batch lies, and what of it can be read without a copy."""
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class PagedLayout:
+    """A packed batch over paged K/V.
+
+        rows        | sequence 0 | sequence 1 |  ...        query_lens[i] rows each
+        positions   context_lens[i] .. context_lens[i] + query_lens[i] - 1
+        slots       block_tables[i][position // block_size] * block_size + position % block_size
+
+    A row at position p sees positions 0..p (with a sliding window w: p - w + 1..p).
+    """
+
+    query_lens: tuple[int, ...]
+    context_lens: tuple[int, ...]  # computed before this step
+    block_tables: tuple[NDArray[np.int64], ...]
+    block_size: int
+    _masks: dict[tuple[int, int, int, int], torch.Tensor] = field(default_factory=dict)
+
+    def slots(self, sequence: int, start: int, stop: int) -> NDArray[np.int64]:
+        """Slots of positions start..stop-1 of a sequence."""
+        positions = np.arange(start, stop)
+        blocks = self.block_tables[sequence][positions // self.block_size]
+        return np.asarray(blocks * self.block_size + positions % self.block_size)
+
+    def slot_mapping(self) -> NDArray[np.int64]:
+        """Slot of every packed row, [num_rows]."""
+        spans = zip(self.context_lens, self.query_lens, strict=True)
+        return np.concatenate([self.slots(i, c, c + n) for i, (c, n) in enumerate(spans)])
+
+    def runs(self, sequence: int, stop: int) -> list[tuple[int, int]]:
+        """Maximal spans (first slot, length) of consecutive slots that hold positions 0..stop-1."""
+        table = self.block_tables[sequence][: -(-stop // self.block_size)]
+        if len(table) == 0:
+            return []
+        starts = np.flatnonzero(np.diff(table, prepend=table[0] - 2) != 1)
+        lengths = np.diff(starts, append=len(table)) * self.block_size
+        lengths[-1] -= len(table) * self.block_size - stop
+        return [
+            (int(table[s]) * self.block_size, int(n)) for s, n in zip(starts, lengths, strict=True)
+        ]
+
+    def causal_mask(
+        self, query_len: int, num_keys: int, window: int, group_size: int, like: torch.Tensor
+    ) -> torch.Tensor:
+        """Additive mask for keys that end where the rows end, the GQA group folded into the rows.
+
+        Shared by every layer of the step. Returns [group_size * query_len, num_keys] in like.dtype;
+        window 0 means none.
+        """
+        key = (query_len, num_keys, window, group_size)
+        if key not in self._masks:
+            mask = causal_mask(query_len, num_keys, window)
+            self._masks[key] = mask.to(like.device, like.dtype).repeat(group_size, 1)
+        return self._masks[key]
+
+
+@lru_cache(maxsize=64)
+def causal_mask(query_len: int, num_keys: int, window: int) -> torch.Tensor:
+    """fp32 [query_len, num_keys]: 0 where the row sees the key, -inf elsewhere."""
+    rows = torch.arange(num_keys - query_len, num_keys)[:, None]
+    keys = torch.arange(num_keys)[None, :]
+    visible = keys <= rows
+    if window:
+        visible &= rows - keys < window
+    return torch.zeros(query_len, num_keys).masked_fill_(~visible, float("-inf"))

@@ -1,0 +1,38 @@
+"""The draft's attention: one row a sequence over a gathered view of its pages."""
+
+import torch
+
+from magicdec.kernels import reference
+
+
+def gather_view(
+    cache: torch.Tensor,  # [num_kv_heads, num_slots, head_dim]
+    slots: torch.Tensor,  # [batch, num_keys]
+) -> torch.Tensor:
+    """Copies the view once a round; the draft steps then read it in place.
+
+    Returns [num_kv_heads, batch, num_keys, head_dim].
+    """
+    batch, num_keys = slots.shape
+    gathered = cache.index_select(1, slots.reshape(-1))
+    return gathered.view(cache.shape[0], batch, num_keys, cache.shape[2])
+
+
+def gathered_attention(
+    query: torch.Tensor,  # [num_query_heads, batch, head_dim]
+    k_view: torch.Tensor,  # [num_kv_heads, batch, num_keys, head_dim]
+    v_view: torch.Tensor,
+    mask: torch.Tensor,  # additive, query.dtype, [batch, num_keys]
+    scaling: float,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """See reference.gathered_attention. Soft-capped scores take the reference's path."""
+    num_kv_heads, batch, _, head_dim = k_view.shape
+    if softcap is not None or num_kv_heads == 0:
+        return reference.gathered_attention(query, k_view, v_view, mask, scaling, softcap)
+    group_size = query.shape[0] // num_kv_heads
+    folded = query.view(num_kv_heads, group_size, batch, head_dim).transpose(1, 2)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        folded, k_view, v_view, attn_mask=mask[None, :, None], scale=scaling
+    )  # [num_kv_heads, batch, group_size, head_dim]
+    return out.transpose(1, 2).reshape(query.shape)

@@ -1,0 +1,113 @@
+"""The attention function that transformers models call, and the two contexts it may run in."""
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from magicdec.kernels.dispatch import AttentionBackend
+from magicdec.kernels.kv_store import store_kv
+from magicdec.kernels.paged_layout import PagedLayout
+from magicdec.kv_cache import PagedKVCache
+
+ATTENTION_NAME = "magicdec"
+
+
+class UnsupportedModel(ValueError):
+    """A model whose attention cannot be served from our pages; the message says why."""
+
+
+class AttentionContext(Protocol):
+    """Where one forward reads and writes K/V."""
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,  # [num_query_heads, num_rows, head_dim]
+        key: torch.Tensor,  # [num_kv_heads, num_rows, head_dim]
+        value: torch.Tensor,
+        *,
+        scaling: float,
+        sliding_window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """Stores the rows' K/V and returns their attention, shaped like query."""
+        ...
+
+
+def register_attention() -> None:
+    AttentionInterface.register(ATTENTION_NAME, attention_forward)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,  # [1, num_query_heads, num_rows, head_dim]
+    key: torch.Tensor,  # [1, num_kv_heads, num_rows, head_dim]
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float,
+    attention_context: AttentionContext,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **ignored: object,
+) -> tuple[torch.Tensor, None]:
+    """transformers' signature. Masks never come: none is built for our name.
+
+    Raises UnsupportedModel for attention sinks and for bidirectional layers.
+    """
+    if s_aux is not None:
+        raise UnsupportedModel("attention sinks (s_aux) are not supported")
+    if vars(module).get("is_causal") is False:
+        raise UnsupportedModel("bidirectional attention is not supported")
+    assert isinstance(module.layer_idx, int)
+    output = attention_context.attend(
+        module.layer_idx,
+        query[0],
+        key[0],
+        value[0],
+        scaling=scaling,
+        sliding_window=sliding_window,
+        softcap=softcap,
+    )
+    return output.transpose(0, 1)[None], None
+
+
+class PagedAttention:
+    """Prefill, plain decoding and verification: every row over all of its sequence's pages."""
+
+    def __init__(self, cache: PagedKVCache, layout: PagedLayout, backend: AttentionBackend) -> None:
+        self._cache = cache
+        self._layout = layout
+        self._backend = backend
+        device = cache.k[0].device
+        self._slot_mapping = torch.from_numpy(layout.slot_mapping()).to(device)
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scaling: float,
+        sliding_window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        k_cache, v_cache = self._cache.k[layer], self._cache.v[layer]
+        dtype = k_cache.dtype  # the module may compute wider than the cache
+        store_kv(k_cache, v_cache, key.to(dtype), value.to(dtype), self._slot_mapping)
+        output = self._backend.paged(
+            query.to(dtype), k_cache, v_cache, self._layout, scaling, sliding_window, softcap
+        )
+        return output.to(query.dtype)
+
+
+def row_positions(layout: PagedLayout) -> torch.Tensor:
+    """Absolute position of every packed row, [num_rows]."""
+    spans = zip(layout.context_lens, layout.query_lens, strict=True)
+    return torch.from_numpy(np.concatenate([np.arange(c, c + n) for c, n in spans]))

@@ -1,0 +1,76 @@
+"""What one step runs and what it returns: the only words that scheduler and runner share.
+
+`draft_length` is gamma in the MagicDec paper and num_speculative_tokens in vLLM; `draft_budget`
+is the paper's K. *Accepted* tokens are drafts the target agreed with; the *recovered* token
+replaces the first draft it did not agree with; the *bonus* token follows a draft accepted whole.
+Every round that samples emits its accepted tokens and exactly one recovered or bonus token.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from magicdec.types import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The controller's choice for one step."""
+
+    draft_length: int
+    draft_budget: int
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    """One sequence's share of a step: a prefill chunk, or a decode row with room for its draft.
+
+    block_table covers num_computed_tokens + len(token_ids) + draft_length positions.
+    """
+
+    token_ids: NDArray[np.int64]  # [num_new], to be computed at num_computed_tokens onwards
+    num_computed_tokens: int
+    block_table: NDArray[np.int64]  # [num_blocks]
+    sampling: SamplingParams | None  # None: the chunk ends before the last token, nothing to sample
+    draft_length: int  # above 0 only where num_new is 1
+    num_prompt_tokens: int
+    history: NDArray[np.int64] | None  # [num_tokens] prompt and output, where penalties need it
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the sequence up to and including this step's, drafts not counted."""
+        return self.num_computed_tokens + len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step. Every rank gets the same one; it needs no other state than its KV pages."""
+
+    sequences: tuple[ScheduledSequence, ...]
+    draft_budget: int
+
+    @property
+    def max_draft_length(self) -> int:
+        return max((s.draft_length for s in self.sequences), default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceResult:
+    """`token_ids`: accepted then recovered/bonus; empty for a chunk that samples nothing."""
+
+    token_ids: tuple[int, ...]
+    num_draft_tokens: int = 0
+
+    @property
+    def num_accepted_tokens(self) -> int:
+        return max(len(self.token_ids) - 1, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One SequenceResult a scheduled sequence, in the batch's order; times in seconds."""
+
+    sequences: tuple[SequenceResult, ...]
+    draft_seconds: float
+    verify_seconds: float

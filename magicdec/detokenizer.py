@@ -1,0 +1,59 @@
+"""Incremental text and stop strings of one sequence."""
+
+from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerBase
+
+
+class Detokenizer:
+    """Token ids in, releasable text out.
+
+        text so far   | released: sent to the client | held back: may begin a stop string |
+
+    What is released is a function of the ids alone, so a stream that resumes from its journal
+    holds back exactly what the first replica did.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...]) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stop = stop
+        self._held = ""
+        self._undecoded: list[int] = []  # ids whose bytes are not yet whole characters
+        self.stopped = False  # a stop string was met; the text ends before it
+
+    def append(self, token_id: int, may_stop: bool) -> str:
+        """Text that this token releases; stop strings are looked for only where it may stop."""
+        text = self._stream.step(self._tokenizer.backend_tokenizer, token_id)
+        if text is None:
+            self._undecoded.append(token_id)
+            return ""
+        self._undecoded.clear()
+        return self._release(text) if may_stop else text
+
+    def flush(self) -> str:
+        """What was held back, once no more tokens come."""
+        rest, self._held = self._held, ""
+        if self._undecoded and not self.stopped:
+            rest += self._tokenizer.backend_tokenizer.decode(self._undecoded)
+            self._undecoded.clear()
+        return rest
+
+    def _release(self, text: str) -> str:
+        self._held += text
+        found = [at for s in self._stop if (at := self._held.find(s)) >= 0]
+        if found:
+            self.stopped = True
+            released, self._held = self._held[: min(found)], ""
+            return released
+        keep = max((_overlap(self._held, s) for s in self._stop), default=0)
+        split = len(self._held) - keep
+        released, self._held = self._held[:split], self._held[split:]
+        return released
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a proper beginning of `stop`."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0

@@ -1,0 +1,207 @@
+"""The engine: requests in, tokens and text out, one step at a time."""
+
+import itertools
+
+from transformers import PreTrainedTokenizerBase
+
+from magicdec.batch import Batch, Plan, StepResult
+from magicdec.config import ConfigError, EngineConfig
+from magicdec.detokenizer import Detokenizer
+from magicdec.executor import Executor
+from magicdec.model_loader import ModelFacts
+from magicdec.scheduler import Scheduler
+from magicdec.stats import EngineLoad, EngineStats
+from magicdec.types import (
+    FinishReason,
+    Request,
+    RequestError,
+    RequestOutput,
+    Sequence,
+)
+
+
+class Engine:
+    """Continuous batching over an executor. Not thread-safe: one thread owns it.
+
+    Text and stop matching live here: the ranks see token ids only.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        executor: Executor,
+        tokenizer: PreTrainedTokenizerBase,
+        facts: ModelFacts,
+    ) -> None:
+        self.config = config
+        self.stats = EngineStats()
+        self._executor = executor
+        self._tokenizer = tokenizer
+        self._facts = facts
+        block_size = config.cache.block_size
+        self._total_kv_tokens = executor.num_blocks * block_size
+        self.max_model_len = _resolve_max_model_len(config, facts, self._total_kv_tokens)
+        self._scheduler = Scheduler(
+            config.scheduler, executor.num_blocks, block_size, self.max_model_len
+        )
+        self.plan = Plan(config.speculation.draft_length, config.speculation.draft_budget)
+        self._arrivals = itertools.count()
+        self._sequences: dict[str, Sequence] = {}
+        self._detokenizers: dict[str, Detokenizer] = {}
+        self._finished_on_arrival: list[RequestOutput] = []
+
+    def step(self) -> list[RequestOutput]:
+        """One round of every running sequence. Raises ExecutorError when a rank fails."""
+        outputs, self._finished_on_arrival = self._finished_on_arrival, []
+        batch = self._scheduler.schedule(self.plan)
+        if batch.sequences:
+            result = self._executor.execute(batch)
+            outputs += self._update(batch, result)
+        return outputs
+
+    def add(self, request: Request) -> None:
+        """Queues a request; its journal counts as output. Raises RequestError if it cannot fit."""
+        self._check(request)
+        detokenizer = Detokenizer(self._tokenizer, request.sampling.stop)
+        sequence = Sequence(request, next(self._arrivals), list(request.prompt_token_ids))
+        self._sequences[request.request_id] = sequence
+        self._detokenizers[request.request_id] = detokenizer
+        self._scheduler.add(sequence)
+        reason = None
+        for token_id in request.emitted_token_ids:
+            _, reason = self._append(sequence, token_id)
+        if reason is not None:  # the replica died between the last token and its finish reason
+            self._finished_on_arrival.append(self._finish(sequence, (), "", reason))
+
+    def abort(self, request_id: str) -> None:
+        """Drops a request and frees its blocks now; unknown ids are ignored (it just finished)."""
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is not None:
+            self._scheduler.finish(sequence)
+            del self._detokenizers[request_id]
+
+    def has_unfinished(self) -> bool:
+        return bool(self._sequences) or bool(self._finished_on_arrival)
+
+    def load(self) -> EngineLoad:
+        return EngineLoad(
+            num_running=len(self._scheduler.running),
+            num_waiting=len(self._scheduler.waiting),
+            free_kv_tokens=self._scheduler.pool.num_free * self.config.cache.block_size,
+            total_kv_tokens=self._total_kv_tokens,
+        )
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when a block is lost or shared; meant for idle time and tests."""
+        self._scheduler.check_integrity()
+        tracked = {id(s) for s in self._sequences.values()}
+        queued = [*self._scheduler.running, *self._scheduler.waiting]
+        assert {id(s) for s in queued} == tracked, "a sequence is queued but not tracked"
+        assert self._sequences.keys() == self._detokenizers.keys()
+
+    def shutdown(self) -> None:
+        self._executor.shutdown()
+
+    def _check(self, request: Request) -> None:
+        num_prompt, limit = len(request.prompt_token_ids), self.max_model_len
+        if request.request_id in self._sequences:
+            raise RequestError(f"request {request.request_id} is live already", param="request_id")
+        if num_prompt == 0:
+            raise RequestError("prompt must hold at least one token", param="prompt")
+        if num_prompt >= limit:
+            raise RequestError(
+                f"the prompt has {num_prompt} tokens; this model's context is {limit} tokens, "
+                "of which at least one is for the answer",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        vocab_size = self._facts.vocab_size
+        sampling = request.sampling
+        for param, ids in (
+            ("prompt", request.prompt_token_ids),
+            ("logit_bias", [token_id for token_id, _ in sampling.logit_bias]),
+            ("stop_token_ids", sampling.stop_token_ids),
+        ):
+            bad = next((i for i in ids if not 0 <= i < vocab_size), None)
+            if bad is not None:
+                raise RequestError(
+                    f"{param}: token id {bad} is outside the vocabulary of {vocab_size}",
+                    param=param,
+                )
+
+    def _update(self, batch: Batch, result: StepResult) -> list[RequestOutput]:
+        self._record(batch, result)
+        outputs = []
+        for sequence, emitted in self._scheduler.update(batch, result):
+            if not emitted:
+                continue
+            kept: list[int] = []
+            pieces: list[str] = []
+            reason = None
+            for token_id in emitted:
+                piece, reason = self._append(sequence, token_id)
+                kept.append(token_id)
+                pieces.append(piece)
+                if reason is not None:
+                    break  # drafted past the stop: never happened
+            text = "".join(pieces)
+            if reason is not None:
+                outputs.append(self._finish(sequence, tuple(kept), text, reason))
+            else:
+                self._scheduler.release_lookahead(sequence)
+                usage = sequence.usage()
+                outputs.append(RequestOutput(sequence.request.request_id, tuple(kept), text, usage))
+        return outputs
+
+    def _append(self, sequence: Sequence, token_id: int) -> tuple[str, FinishReason | None]:
+        """Adds one output token; returns the text it releases and whether it ends the answer."""
+        sequence.token_ids.append(token_id)
+        sampling = sequence.request.sampling
+        detokenizer = self._detokenizers[sequence.request.request_id]
+        may_stop = sequence.num_output_tokens >= sampling.min_tokens
+        ends = token_id in self._facts.eos_token_ids and not sampling.ignore_eos
+        if may_stop and (ends or token_id in sampling.stop_token_ids):
+            return "", FinishReason.STOP  # the stop token itself is not text
+        text = detokenizer.append(token_id, may_stop)
+        if detokenizer.stopped:
+            return text, FinishReason.STOP
+        if sequence.num_output_tokens >= sampling.max_tokens:
+            return text, FinishReason.LENGTH
+        if len(sequence.token_ids) >= self.max_model_len:
+            return text, FinishReason.LENGTH
+        return text, None
+
+    def _finish(
+        self, sequence: Sequence, kept: tuple[int, ...], text: str, reason: FinishReason
+    ) -> RequestOutput:
+        request_id = sequence.request.request_id
+        self._scheduler.finish(sequence)
+        del self._sequences[request_id]
+        text += self._detokenizers.pop(request_id).flush()
+        return RequestOutput(request_id, kept, text, sequence.usage(), reason)
+
+    def _record(self, batch: Batch, result: StepResult) -> None:
+        stats = self.stats
+        stats.num_steps += 1
+        stats.num_rounds += any(len(s.token_ids) == 1 for s in batch.sequences)
+        stats.num_preemptions = self._scheduler.num_preemptions
+        stats.draft_seconds += result.draft_seconds
+        stats.verify_seconds += result.verify_seconds
+        for share, outcome in zip(batch.sequences, result.sequences, strict=True):
+            if len(share.token_ids) == 1:
+                stats.num_decode_rows += 1
+                stats.num_draft_tokens += outcome.num_draft_tokens
+                stats.num_accepted_tokens += outcome.num_accepted_tokens
+            else:
+                stats.num_prefill_tokens += len(share.token_ids)
+
+
+def _resolve_max_model_len(config: EngineConfig, facts: ModelFacts, pool_tokens: int) -> int:
+    """The longest sequence that the model, the setting and the pool all allow."""
+    wanted = config.model.max_model_len
+    if wanted is not None and wanted > facts.max_position_embeddings:
+        raise ConfigError(
+            f"max_model_len must be at most the model's {facts.max_position_embeddings}, "
+            f"got {wanted}"
+        )
+    return min(wanted or facts.max_position_embeddings, pool_tokens)

@@ -1,0 +1,42 @@
+"""The seam between engine and ranks: the engine knows this protocol and nothing behind it."""
+
+from typing import Protocol
+
+from magicdec.batch import Batch, StepResult
+from magicdec.config import EngineConfig
+from magicdec.runner import ModelRunner
+
+
+class ExecutorError(RuntimeError):
+    """A step failed and the ranks' state is unknown: the engine must not step again."""
+
+
+class Executor(Protocol):
+    """Runs one step on every rank. `num_blocks` is the smallest pool over the ranks."""
+
+    @property
+    def num_blocks(self) -> int: ...
+
+    def execute(self, batch: Batch) -> StepResult:
+        """Raises ExecutorError when a rank died or failed."""
+        ...
+
+    def shutdown(self) -> None: ...
+
+
+class LocalExecutor:
+    """One rank in this process."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._runner = ModelRunner.load(config)
+        self._runner.allocate_cache(self._runner.num_affordable_blocks())
+
+    @property
+    def num_blocks(self) -> int:
+        return self._runner.num_blocks
+
+    def execute(self, batch: Batch) -> StepResult:
+        return self._runner.execute(batch)
+
+    def shutdown(self) -> None:
+        """Nothing to stop: the runner lives and dies with this object."""

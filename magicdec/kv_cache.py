@@ -1,0 +1,58 @@
+"""The paged K/V tensors of one rank."""
+
+from dataclasses import dataclass
+
+import torch
+
+from magicdec.config import CacheConfig
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """One attention layer as this rank holds it: head counts are those of its own shard."""
+
+    num_query_heads: int
+    num_kv_heads: int  # may be 0 on a rank of a model with fewer KV heads than ranks
+    head_dim: int
+    sliding_window: int | None
+
+
+class PagedKVCache:
+    """K and V of every layer, one slot a token, heads outermost.
+
+        slot    0 ........ block_size-1 | block_size ........ 2*block_size-1 | ...
+                |------- block 0 -------|------------- block 1 --------------|
+        layer l  k[l]: [num_kv_heads, num_blocks * block_size, head_dim]     v[l]: the same
+
+    A block holds the same positions in every layer, so one block table serves them all. Heads are
+    outermost because a head's keys are then one stream in memory. A rank may hold no KV head.
+    """
+
+    def __init__(
+        self,
+        layers: tuple[LayerSpec, ...],
+        block_size: int,
+        num_blocks: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.block_size = block_size
+        self.num_blocks = num_blocks
+        shapes = [(s.num_kv_heads, num_blocks * block_size, s.head_dim) for s in layers]
+        self.k = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+        self.v = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+
+
+def bytes_per_token(layers: tuple[LayerSpec, ...], dtype: torch.dtype) -> int:
+    """K and V of one token on this rank."""
+    return 2 * dtype.itemsize * sum(s.num_kv_heads * s.head_dim for s in layers)
+
+
+def num_affordable_blocks(
+    layers: tuple[LayerSpec, ...], dtype: torch.dtype, cache: CacheConfig
+) -> int:
+    """Whole blocks within the rank's memory; a rank without KV heads affords any number."""
+    if cache.num_blocks is not None:
+        return cache.num_blocks
+    block_bytes = bytes_per_token(layers, dtype) * cache.block_size
+    return cache.kv_cache_bytes // block_bytes if block_bytes else 2**31

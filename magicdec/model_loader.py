@@ -1,0 +1,156 @@
+"""A transformers model, as it is, whose attention reads our pages.
+
+No model is written by hand: any decoder that dispatches through transformers' AttentionInterface
+works, and one that does not is refused at load.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
+
+from magicdec.attention import ATTENTION_NAME, UnsupportedModel, register_attention
+from magicdec.config import ModelConfig
+from magicdec.kv_cache import LayerSpec
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What scheduling needs to know of a model, read without its weights."""
+
+    max_position_embeddings: int
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A module and its geometry. `kv_dtype` is the configured one; the module may compute wider."""
+
+    module: nn.Module
+    layers: tuple[LayerSpec, ...]
+    vocab_size: int
+    kv_dtype: torch.dtype
+    device: torch.device
+
+
+class _Probe:
+    """An attention context that only writes down what each layer asks of it."""
+
+    def __init__(self) -> None:
+        self.layers: list[LayerSpec] = []
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,  # [num_query_heads, num_rows, head_dim]
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scaling: float,
+        sliding_window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        if layer != len(self.layers):
+            raise UnsupportedModel(f"attention layer {layer} ran as number {len(self.layers)}")
+        if key.shape[-1] != value.shape[-1]:
+            raise UnsupportedModel(
+                f"layer {layer}: keys of {key.shape[-1]} and values of {value.shape[-1]} dimensions"
+            )
+        self.layers.append(LayerSpec(query.shape[0], key.shape[0], query.shape[2], sliding_window))
+        return torch.zeros_like(query)
+
+
+def resolve_checkpoint(path: str) -> Path:
+    """The local folder of a Hugging Face folder or hub id (downloaded into the hub's cache)."""
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    return Path(snapshot_download(path, allow_patterns=patterns))
+
+
+def read_model_facts(path: str) -> ModelFacts:
+    """Reads config.json and generation_config.json. Raises UnsupportedModel without a context."""
+    folder = resolve_checkpoint(path)
+    config = AutoConfig.from_pretrained(folder).get_text_config()
+    max_positions = getattr(config, "max_position_embeddings", None)
+    if max_positions is None:
+        raise UnsupportedModel(f"{path}: config.json has no max_position_embeddings")
+    eos = config.eos_token_id
+    if (folder / "generation_config.json").exists():
+        declared = GenerationConfig.from_pretrained(folder).eos_token_id
+        eos = declared if declared is not None else eos
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    return ModelFacts(int(max_positions), int(config.vocab_size), frozenset(ids))
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(resolve_checkpoint(path))
+    return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def load_model(config: ModelConfig, device: torch.device) -> LoadedModel:
+    """The whole model on one device; `cluster/tensor_parallel.py` loads shards."""
+    module: nn.Module = AutoModelForCausalLM.from_pretrained(
+        resolve_checkpoint(config.path),
+        dtype=compute_dtype(config.dtype, device),
+        attn_implementation="eager",
+    )
+    return describe_model(module.to(device), config.dtype)
+
+
+def compute_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """What the linears run in: the configured dtype, or fp32 where the CPU lacks its arithmetic.
+
+    Emulated bf16 products take five times as long as fp32 ones, so such a CPU keeps the (bf16)
+    weights in fp32; the KV cache, which long contexts are bound by, stays in the configured dtype.
+    """
+    wanted = cast(torch.dtype, getattr(torch, dtype))
+    units = {"bfloat16": ("amx_bf16", "avx512_bf16"), "float16": ("amx_fp16", "avx512_fp16")}
+    if device.type != "cpu" or dtype not in units:
+        return wanted
+    capabilities = torch.cpu.get_capabilities()
+    if any(capabilities.get(unit, False) for unit in units[dtype]):
+        return wanted
+    logger.info("no %s arithmetic on this CPU: linears run in float32, KV stays %s", dtype, dtype)
+    return torch.float32
+
+
+@torch.inference_mode()
+def describe_model(module: Any, kv_dtype: str) -> LoadedModel:
+    """Routes the module's attention to our pages and reads its geometry from a one-token forward.
+
+    Every rank of a sharded module must call this together: the forward all-reduces. Raises
+    UnsupportedModel when a layer keeps its own attention.
+    """
+    register_attention()
+    module.eval()
+    module.set_attn_implementation(ATTENTION_NAME)
+    device = next(module.parameters()).device
+    probe = _Probe()
+    token = torch.zeros(1, 1, dtype=torch.long, device=device)
+    logits = module(
+        input_ids=token, position_ids=token, use_cache=False, attention_context=probe
+    ).logits
+    num_layers = module.config.get_text_config().num_hidden_layers
+    if len(probe.layers) != num_layers:
+        raise UnsupportedModel(
+            f"{type(module).__name__}: {len(probe.layers)} of {num_layers} layers dispatch through "
+            "AttentionInterface"
+        )
+    dtype = cast(torch.dtype, getattr(torch, kv_dtype))
+    return LoadedModel(module, tuple(probe.layers), logits.shape[-1], dtype, device)

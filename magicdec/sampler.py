@@ -1,0 +1,135 @@
+"""Seeded sampling: processed scores plus counter-based Gumbel noise, then argmax.
+
+One path for greedy and sampled rows, and for draft and target: the choice at an absolute position
+depends on the logits, the request's parameters and its seed, and on nothing of the batch.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from magicdec.batch import ScheduledSequence
+from magicdec.kernels.gumbel import gumbel_noise, random_words
+from magicdec.types import SamplingParams
+
+# Noise lies in [-3.2, 22.9]: an entry further than that spread below the top cannot win.
+_NOISE_SPREAD = 26.2
+_NUCLEUS_CANDIDATES = 1024  # a nucleus is looked for among these before the whole vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerRow:
+    """One token to choose: the one at absolute position `position`."""
+
+    sampling: SamplingParams
+    position: int
+    history: NDArray[np.int64] | None  # all tokens before it, where penalties need them
+    num_prompt_tokens: int
+
+    @classmethod
+    def after(cls, sequence: ScheduledSequence, drafted: tuple[int, ...]) -> "SamplerRow":
+        """The choice that follows the sequence's tokens and `drafted`, for draft and verify."""
+        assert sequence.sampling is not None
+        history = sequence.history
+        if history is not None and drafted:
+            history = np.concatenate([history, np.array(drafted, dtype=history.dtype)])
+        position = sequence.num_tokens + len(drafted)
+        return cls(sequence.sampling, position, history, sequence.num_prompt_tokens)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Chosen before this one, drafts included."""
+        return self.position - self.num_prompt_tokens
+
+
+class Sampler:
+    """Chooses tokens for rows of logits; holds no state between calls."""
+
+    def __init__(self, eos_token_ids: Iterable[int]) -> None:
+        self._eos_token_ids = tuple(sorted(eos_token_ids))
+
+    def sample(self, logits: torch.Tensor, rows: list[SamplerRow]) -> list[int]:
+        """logits: [num_rows, vocab_size], any float dtype. Returns one token id a row."""
+        chosen: list[int] = logits.argmax(dim=-1).tolist()
+        for i, row in enumerate(rows):
+            if not self._is_plain_argmax(row):
+                chosen[i] = self._sample_row(logits[i].float().cpu(), row)
+        return chosen
+
+    def _is_plain_argmax(self, row: SamplerRow) -> bool:
+        sampling = row.sampling
+        return (
+            sampling.temperature == 0.0
+            and not sampling.has_penalties
+            and not sampling.logit_bias
+            and row.num_output_tokens >= sampling.min_tokens
+        )
+
+    def _sample_row(self, scores: torch.Tensor, row: SamplerRow) -> int:
+        scores = self.process(scores, row)
+        sampling = row.sampling
+        if sampling.temperature == 0.0:
+            return int(scores.argmax())
+        candidates = torch.nonzero(scores >= scores.max() - _NOISE_SPREAD).squeeze(-1).numpy()
+        words = random_words(sampling.seed, row.position, len(scores))[candidates]
+        perturbed = scores.numpy()[candidates].astype(np.float64) + gumbel_noise(words)
+        return int(candidates[np.argmax(perturbed)])
+
+    def process(self, scores: torch.Tensor, row: SamplerRow) -> torch.Tensor:
+        """Penalties, bias, min_tokens, temperature, top-k, top-p, min-p; removed entries are -inf.
+
+        scores: fp32 [vocab_size], not changed. Returns fp32 log-probabilities up to a constant.
+        """
+        sampling = row.sampling
+        scores = scores.clone()
+        if sampling.has_penalties:
+            _penalize(scores, row)
+        for token_id, bias in sampling.logit_bias:
+            scores[token_id] += bias
+        if row.num_output_tokens < sampling.min_tokens:
+            banned = sampling.stop_token_ids
+            if not sampling.ignore_eos:
+                banned += self._eos_token_ids
+            scores[list(banned)] = float("-inf")
+        if sampling.temperature == 0.0:
+            return scores
+        scores /= sampling.temperature
+        if 0 < sampling.top_k < len(scores):
+            threshold = torch.topk(scores, sampling.top_k).values[-1]
+            scores[scores < threshold] = float("-inf")
+        if sampling.top_p < 1.0:
+            scores[scores < _nucleus_threshold(scores, sampling.top_p)] = float("-inf")
+        if sampling.min_p > 0.0:
+            scores[scores < scores.max() + float(np.log(sampling.min_p))] = float("-inf")
+        return scores
+
+
+def _penalize(scores: torch.Tensor, row: SamplerRow) -> None:
+    """The repetition penalty sees prompt and output (CTRL, arXiv 1909.05858), the others output."""
+    assert row.history is not None
+    sampling = row.sampling
+    seen = torch.from_numpy(np.unique(row.history))
+    if sampling.repetition_penalty != 1.0:
+        values = scores[seen]
+        penalty = sampling.repetition_penalty
+        scores[seen] = torch.where(values > 0, values / penalty, values * penalty)
+    output, counts = np.unique(row.history[row.num_prompt_tokens :], return_counts=True)
+    if len(output) > 0:
+        ids = torch.from_numpy(output)
+        scores[ids] -= sampling.frequency_penalty * torch.from_numpy(counts).float()
+        scores[ids] -= sampling.presence_penalty
+
+
+def _nucleus_threshold(scores: torch.Tensor, top_p: float) -> torch.Tensor:
+    """The score of the last entry of the smallest set whose mass reaches top_p; ties stay in."""
+    log_total = torch.logsumexp(scores, dim=0)
+    for count in (min(_NUCLEUS_CANDIDATES, len(scores)), len(scores)):
+        top = torch.topk(scores, count).values
+        mass = torch.cumsum(torch.exp(top - log_total), dim=0)
+        reached = torch.nonzero(mass >= top_p)
+        if len(reached) > 0:
+            return top[int(reached[0])]
+    return top[-1]  # rounding kept the whole vocabulary's mass under top_p

@@ -1,0 +1,178 @@
+"""Who runs next, within token and block budgets.
+
+There is no prefill phase and no decode phase: a sequence has num_computed_tokens catching up with
+its tokens, one row behind while it decodes. Chunked prefill, resuming after preemption and decoding
+are that one rule.
+"""
+
+from collections import deque
+
+import numpy as np
+
+from magicdec.batch import Batch, Plan, ScheduledSequence, StepResult
+from magicdec.block_pool import BlockPool
+from magicdec.config import SchedulerConfig
+from magicdec.types import Sequence, SequenceStatus
+
+
+class Scheduler:
+    """Owns the block pool and the queues; knows no model and no text."""
+
+    def __init__(
+        self, config: SchedulerConfig, num_blocks: int, block_size: int, max_model_len: int
+    ) -> None:
+        self._config = config
+        self._block_size = block_size
+        self._max_model_len = max_model_len
+        self._scheduled: list[Sequence] = []
+        self.num_preemptions = 0
+        self.pool = BlockPool(num_blocks)
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # by arrival
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def schedule(self, plan: Plan) -> Batch:
+        """Decode rows first, then prefill chunks with what is left of the token budget."""
+        self._scheduled = []
+        scheduled: list[ScheduledSequence] = []
+        budget = self._config.max_batch_tokens
+        decoding = [s for s in self.running if s.num_uncomputed_tokens == 1]
+        for i, sequence in enumerate(decoding):
+            if sequence.status is not SequenceStatus.RUNNING:
+                continue  # preempted for an earlier one
+            rows_left = budget - (len(decoding) - i - 1)
+            draft_length = self._reserve_decode(sequence, min(plan.draft_length, rows_left - 1))
+            if draft_length is None:
+                continue
+            scheduled.append(self._take(sequence, 1, draft_length))
+            budget -= 1 + draft_length
+        for sequence in [s for s in self.running if s.num_uncomputed_tokens > 1]:
+            if budget > 0:
+                chunk = min(sequence.num_uncomputed_tokens, budget)
+                scheduled.append(self._take(sequence, chunk, 0))
+                budget -= chunk
+        while budget > 0 and (admitted := self._admit()) is not None:
+            chunk = min(admitted.num_uncomputed_tokens, budget)
+            scheduled.append(self._take(admitted, chunk, 0))
+            budget -= chunk
+        return Batch(tuple(scheduled), plan.draft_budget)
+
+    def update(self, batch: Batch, result: StepResult) -> list[tuple[Sequence, tuple[int, ...]]]:
+        """Moves every scheduled sequence forward; returns it with the tokens the step emitted.
+
+        The tokens are not appended: the engine does, up to a stop.
+        """
+        emitted = []
+        for sequence, share, outcome in zip(
+            self._scheduled, batch.sequences, result.sequences, strict=True
+        ):
+            # A draft's last accepted token is computed; the recovered or bonus token is not.
+            sequence.num_computed_tokens += len(share.token_ids) + outcome.num_accepted_tokens
+            if outcome.token_ids and len(share.token_ids) == 1:
+                sequence.num_rounds += 1
+                sequence.num_draft_tokens += outcome.num_draft_tokens
+                sequence.num_accepted_tokens += outcome.num_accepted_tokens
+            emitted.append((sequence, outcome.token_ids))
+        self._scheduled = []
+        return emitted
+
+    def release_lookahead(self, sequence: Sequence) -> None:
+        """Gives back the blocks that a draft reserved and its accepted tokens did not reach."""
+        needed = self._num_blocks(len(sequence.token_ids))
+        self.pool.free(sequence.block_table[needed:])
+        del sequence.block_table[needed:]
+
+    def finish(self, sequence: Sequence) -> None:
+        """Takes a sequence out of its queue and frees its blocks at once."""
+        if sequence.status is SequenceStatus.RUNNING:
+            self.running.remove(sequence)
+            self._free(sequence)
+        elif sequence.status is SequenceStatus.WAITING:
+            self.waiting.remove(sequence)
+        sequence.status = SequenceStatus.FINISHED
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when a block is lost, shared or held by a sequence not running."""
+        self.pool.check_integrity(s.block_table for s in self.running)
+        for sequence in self.running:
+            held = len(sequence.block_table) * self._block_size
+            assert held >= sequence.num_computed_tokens, "computed tokens without a block"
+        for sequence in self.waiting:
+            assert not sequence.block_table and sequence.num_computed_tokens == 0
+
+    def _take(self, sequence: Sequence, num_rows: int, draft_length: int) -> ScheduledSequence:
+        start = sequence.num_computed_tokens
+        stop = start + num_rows
+        samples = stop == len(sequence.token_ids)
+        sampling = sequence.request.sampling
+        self._scheduled.append(sequence)
+        return ScheduledSequence(
+            token_ids=np.array(sequence.token_ids[start:stop], dtype=np.int64),
+            num_computed_tokens=start,
+            block_table=np.array(sequence.block_table, dtype=np.int64),
+            sampling=sampling if samples else None,
+            draft_length=draft_length,
+            num_prompt_tokens=sequence.num_prompt_tokens,
+            history=np.array(sequence.token_ids, dtype=np.int64)
+            if samples and sampling.has_penalties
+            else None,
+        )
+
+    def _reserve_decode(self, sequence: Sequence, draft_length: int) -> int | None:
+        """Blocks for the next row and its draft; the draft shrinks before anyone is preempted.
+
+        Returns the draft length there is room for, or None when the sequence itself was preempted.
+        """
+        num_tokens = len(sequence.token_ids)
+        sampling = sequence.request.sampling
+        # Tokens past the end of the request or of the context would be thrown away.
+        useful = min(
+            sampling.max_tokens - sequence.num_output_tokens, self._max_model_len - num_tokens
+        )
+        held = len(sequence.block_table) + self.pool.num_free
+        room = held * self._block_size - num_tokens
+        draft_length = max(min(draft_length, useful - 1, room), 0)
+        needed = self._num_blocks(num_tokens + draft_length) - len(sequence.block_table)
+        while needed > self.pool.num_free:
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return None
+        if needed > 0:
+            last = sequence.block_table[-1]
+            sequence.block_table += self.pool.allocate(needed, after=last)
+        return draft_length
+
+    def _admit(self) -> Sequence | None:
+        """Moves the oldest waiting sequence to running, with blocks for all of its tokens."""
+        if not self.waiting or len(self.running) >= self._config.max_num_seqs:
+            return None
+        sequence = self.waiting[0]
+        needed = self._num_blocks(len(sequence.token_ids) + 1)
+        # Room for the others' next block keeps a newcomer from being preempted at once.
+        if needed + len(self.running) > self.pool.num_free and self.running:
+            return None
+        self.waiting.popleft()
+        sequence.block_table = self.pool.allocate(needed)
+        sequence.status = SequenceStatus.RUNNING
+        self.running.append(sequence)
+        self.running.sort(key=lambda s: s.arrival)
+        return sequence
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to the head of the queue; its tokens are computed again when it returns."""
+        self.running.remove(sequence)
+        self._free(sequence)
+        sequence.num_computed_tokens = 0
+        self.num_preemptions += 1
+        sequence.status = SequenceStatus.WAITING
+        self.waiting.appendleft(sequence)
+
+    def _free(self, sequence: Sequence) -> None:
+        self.pool.free(sequence.block_table)
+        sequence.block_table = []
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._block_size)

@@ -1,0 +1,122 @@
+"""Decode rate of the bare engine, plain against self-speculation, interleaved in one run.
+
+python -m tests.benchmarks.bench_decode --batch 8 --context 7000 --draft-length 4 --draft-budget 512
+
+Prompts are consecutive windows of real text. Each engine is one process-wide model; the prompts are
+prefilled once, then plain and speculative segments of the same streams alternate.
+"""
+
+import argparse
+import platform
+import statistics
+from pathlib import Path
+
+import torch
+
+from magicdec.batch import Plan
+from magicdec.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from magicdec.deployments.embedded_model import EMBEDDED_MODEL_NAME, resolve_model
+from magicdec.engine import Engine
+from magicdec.executor import LocalExecutor
+from magicdec.model_loader import load_tokenizer, read_model_facts
+from magicdec.stats import EngineStats
+from magicdec.types import Request, SamplingParams
+
+
+def main() -> None:
+    args = parse_arguments()
+    path = resolve_model(args.model)
+    tokens_needed = args.batch * (args.context + args.segment * 2 * (args.rounds + 1) + 64)
+    config = EngineConfig(
+        model=ModelConfig(path, args.dtype),
+        cache=CacheConfig(num_blocks=-(-tokens_needed // 64) + 2 * args.batch),
+        scheduler=SchedulerConfig(max_num_seqs=args.batch),
+    )
+    tokenizer = load_tokenizer(path)
+    engine = Engine(config, LocalExecutor(config), tokenizer, read_model_facts(path))
+    text_ids = tokenizer(args.text.read_text(errors="replace"))["input_ids"]
+    sampling = SamplingParams(temperature=args.temperature, max_tokens=100_000, ignore_eos=True)
+    for i in range(args.batch):
+        prompt = tuple(text_ids[i * args.context : (i + 1) * args.context])
+        if len(prompt) < args.context:
+            raise SystemExit(f"{args.text} holds {len(text_ids)} tokens: too few for the batch")
+        engine.add(Request(str(i), prompt, sampling))
+    print(
+        f"{args.model} {args.dtype}, {args.batch} x {args.context} tokens, "
+        f"draft {args.draft_length} over {args.draft_budget}, torch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads, {platform.processor() or platform.machine()}"
+    )
+    prefill(engine, args.batch)
+    plans = {
+        "plain": Plan(0, args.draft_budget),
+        "speculative": Plan(args.draft_length, args.draft_budget),
+    }
+    measure(engine, plans, args)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=EMBEDDED_MODEL_NAME)
+    parser.add_argument("--text", type=Path, required=True, help="a long plain-text file")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--context", type=int, default=7000)
+    parser.add_argument("--draft-length", type=int, default=4)
+    parser.add_argument("--draft-budget", type=int, default=512)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved pairs of segments")
+    parser.add_argument("--segment", type=int, default=12, help="tokens a sequence and segment")
+    return parser.parse_args()
+
+
+def prefill(engine: Engine, batch: int) -> None:
+    while engine.stats.num_decode_rows < batch:
+        engine.step()
+    stats = engine.stats
+    seconds = stats.verify_seconds + stats.draft_seconds
+    print(f"prefill: {stats.num_prefill_tokens} tokens, {stats.num_prefill_tokens / seconds:.0f}/s")
+
+
+def measure(engine: Engine, plans: dict[str, Plan], args: argparse.Namespace) -> None:
+    rates: dict[str, list[float]] = {name: [] for name in plans}
+    for pair in range(args.rounds + 1):
+        for name, plan in plans.items():
+            rate, line = segment(engine, plan, args.segment * args.batch)
+            if pair > 0:  # the first pair warms up
+                rates[name].append(rate)
+            print(f"  {'warm-up' if pair == 0 else f'pair {pair}':8} {name:12} {line}")
+    ratios = [s / p for p, s in zip(rates["plain"], rates["speculative"], strict=True)]
+    for name, values in rates.items():
+        print(f"{name:12} median {statistics.median(values):6.1f} tokens/s {spread(values)}")
+    print(f"{'ratio':12} median {statistics.median(ratios):6.2f} {spread(ratios)}")
+
+
+def segment(engine: Engine, plan: Plan, num_tokens: int) -> tuple[float, str]:
+    """Decodes at least num_tokens tokens under one plan; returns tokens/s and a line about it."""
+    engine.plan = plan
+    before = EngineStats(**{f: getattr(engine.stats, f) for f in EngineStats.__slots__})
+    stats = engine.stats
+    emitted = 0
+    while emitted < num_tokens:
+        emitted += sum(len(output.token_ids) for output in engine.step())
+    rounds = stats.num_rounds - before.num_rounds
+    draft = stats.draft_seconds - before.draft_seconds
+    verify = stats.verify_seconds - before.verify_seconds
+    rows = stats.num_decode_rows - before.num_decode_rows
+    steps = (
+        f"draft step {draft / rounds / plan.draft_length * 1e3:5.1f} ms  " if draft > 0.01 else ""
+    )
+    name = "verify" if plan.draft_length else "plain step"
+    line = (
+        f"{emitted / (draft + verify):6.1f} tokens/s  {emitted / rows:.2f} tokens a round  "
+        f"{steps}{name} {verify / rounds * 1e3:6.1f} ms"
+    )
+    return emitted / (draft + verify), line
+
+
+def spread(values: list[float]) -> str:
+    return f"[{min(values):.2f} .. {max(values):.2f}]"
+
+
+if __name__ == "__main__":
+    main()
