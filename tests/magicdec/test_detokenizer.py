@@ -1,0 +1,79 @@
+"""Streamed text is the decoded text, cut before the first stop string and never past it."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from magicdec.detokenizer import Detokenizer
+from magicdec.model_loader import load_tokenizer
+from tests.conftest import EOS, byte_tokenizer
+
+TOKENIZER = byte_tokenizer()
+
+
+def feed(detokenizer: Detokenizer, text: str) -> list[str]:
+    ids = TOKENIZER(text)["input_ids"]
+    assert isinstance(ids, list)
+    pieces = []
+    for token_id in ids:
+        pieces.append(detokenizer.append(token_id, may_stop=True))
+        if detokenizer.stopped:
+            break
+    return pieces
+
+
+@settings(deadline=None)
+@given(text=st.text(alphabet="abcdé漢🙂 ", max_size=30))
+def test_without_stop_strings_the_pieces_add_up_to_the_text(text: str) -> None:
+    detokenizer = Detokenizer(TOKENIZER, ())
+    assert "".join(feed(detokenizer, text)) + detokenizer.flush() == text
+
+
+@settings(deadline=None)
+@given(
+    text=st.text(alphabet="ab", max_size=30),
+    stop=st.lists(st.text(alphabet="ab", min_size=1, max_size=4), min_size=1, max_size=3),
+)
+def test_the_text_ends_before_the_first_stop_string(text: str, stop: list[str]) -> None:
+    detokenizer = Detokenizer(TOKENIZER, tuple(stop))
+    released = "".join(feed(detokenizer, text)) + detokenizer.flush()
+    ends = [text.find(s) + len(s) for s in stop if s in text]
+    if not ends:
+        assert released == text
+        assert not detokenizer.stopped
+    else:  # tokens are characters here: the stop that completes first ends the text
+        first = min(ends)
+        longest = max(len(s) for s in stop if text[:first].endswith(s))
+        assert released == text[: first - longest]
+        assert detokenizer.stopped
+
+
+def test_a_possible_beginning_of_a_stop_string_is_held_back_until_it_is_none() -> None:
+    detokenizer = Detokenizer(TOKENIZER, ("abc",))
+    assert feed(detokenizer, "xab") == ["x", "", ""]
+    assert feed(detokenizer, "d") == ["abd"]
+
+
+def test_a_character_cut_in_half_is_shown_as_unknown_at_the_end() -> None:
+    detokenizer = Detokenizer(TOKENIZER, ())
+    ids = TOKENIZER("é")["input_ids"]
+    assert isinstance(ids, list)
+    assert detokenizer.append(ids[0], may_stop=True) == ""
+    assert detokenizer.flush() == "\N{REPLACEMENT CHARACTER}"
+
+
+@pytest.mark.parametrize("may_stop", [True, False])
+def test_stop_strings_wait_for_min_tokens(may_stop: bool) -> None:
+    detokenizer = Detokenizer(TOKENIZER, ("a",))
+    ids = TOKENIZER("a")["input_ids"]
+    assert isinstance(ids, list)
+    detokenizer.append(ids[0], may_stop)
+    assert detokenizer.stopped == may_stop
+
+
+def test_special_tokens_are_not_text(tiny_model_dir: Path) -> None:
+    detokenizer = Detokenizer(load_tokenizer(str(tiny_model_dir)), ())
+    assert detokenizer.append(EOS, may_stop=True) == ""
+    assert detokenizer.flush() == ""
