@@ -26,7 +26,7 @@ def processed(sampling: SamplingParams, history: list[int] | None = None) -> tor
 
 
 def test_sampled_frequencies_follow_the_processed_probabilities() -> None:
-    """Chi-square over 20,000 positions; false alarms once in 10,000 seeds, and this one is fixed."""
+    """Chi-square over 20,000 positions; one seed in 10,000 would fail, and this one is fixed."""
     sampling = SamplingParams(temperature=0.8, top_k=12, seed=5)
     sampler = Sampler([EOS])
     draws = 20_000

@@ -1,0 +1,238 @@
+"""One rank's shard of a model: join the ranks, split with DeepSpeed AutoTP, read only the shard.
+
+    meta model (shapes only) -> init_inference -> local shapes -> this rank's slices of the files
+
+DeepSpeed's own checkpoint loader is not used: it knows norms by a list of class names and leaves
+those it does not know (Gemma's) unset. Here the ranks tell one another their local shapes, which
+gives every slice, and each rank reads its bytes alone from the safetensors files.
+"""
+
+import contextlib
+import io
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import deepspeed
+import deepspeed.ops
+import torch
+import torch.distributed as dist
+from deepspeed.module_inject.layers import SubParamColumnParallel
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from magicdec.cluster.placement import Rendezvous
+
+logger = logging.getLogger(__name__)
+
+JOIN_TIMEOUT_SECONDS = 300.0
+Shape = tuple[int, ...]
+
+
+class ShardError(RuntimeError):
+    """The shards of the ranks do not make up the checkpoint. Names the parameter."""
+
+
+def join_process_group(
+    rendezvous: Rendezvous, timeout_seconds: float = JOIN_TIMEOUT_SECONDS
+) -> None:
+    """Blocks until every rank has joined; `rendezvous.environment()` must be set already.
+
+    Raises RuntimeError when a rank has not joined in time. The timeout holds for every later
+    collective too, so it allows for a rank that loads slowly: that a peer died is known by its
+    closed sockets, not by this.
+    """
+    # DeepSpeed's shared-memory all-reduce spins for ever when a peer dies, and compiles itself at
+    # start-up; gloo raises within milliseconds.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="nccl" if rendezvous.use_gpu else "gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=timedelta(seconds=timeout_seconds),
+    )
+
+
+def load_shard(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """This rank's share of the model in `folder`, on the rank's device, in evaluation mode.
+
+    Every rank calls it together, after join_process_group. Reads this rank's slices only where the
+    safetensors files hold the module's parameters by name and nothing else; otherwise (experts
+    that transformers fuses on loading, stored buffers) loads all, splits it, and logs so.
+    Raises ShardError where the shards do not tile a parameter.
+    """
+    model_config = AutoConfig.from_pretrained(folder)
+    with parameters_on_meta():
+        meta_module = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+    checkpoint = _Checkpoint.index(folder, meta_module)
+    reason = checkpoint.why_not_sliced()
+    if reason is None:
+        module = _shard(meta_module, dtype)
+        reason = _why_not_contiguous(module)
+        if reason is None:
+            _read_slices(module, checkpoint)
+            return module.eval()
+    logger.warning("rank loads the whole model before splitting it: %s", reason)
+    return _load_whole(folder, dtype)
+
+
+@contextlib.contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules built here hold parameters without storage; their buffers are real.
+
+    Stands in for deepspeed.OnDevice, which replaces Tensor.__new__, so that a module that Python
+    imports meanwhile breaks (GLM-4 and the MoE models import torch._dynamo there).
+    """
+    register = nn.Module.register_parameter
+
+    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None:
+            param = nn.Parameter(param.to("meta"), requires_grad=False)
+        register(self, name, param)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _load_whole(folder: Path, dtype: torch.dtype) -> nn.Module:
+    module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return _shard(module, dtype).eval()
+
+
+def _shard(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """AutoTP in place. Buffers keep their values and dtype.
+
+    DeepSpeed would cast them to the model's dtype (rotary frequencies in bf16 lose positions
+    beyond a few hundred) and leave a meta model's unset.
+    """
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its policy on every rank
+        sharded: nn.Module = deepspeed.init_inference(
+            module,
+            tensor_parallel={"tp_size": dist.get_world_size()},
+            dtype=dtype,
+            replace_with_kernel_inject=False,
+        ).module
+    for name, buffer in buffers.items():
+        owner_name, _, leaf = name.rpartition(".")
+        owner = sharded.get_submodule(owner_name)
+        owner._buffers[leaf] = buffer.to(next(sharded.parameters()).device)
+    return sharded
+
+
+def _why_not_contiguous(module: nn.Module) -> str | None:
+    """Packed weights (gate and up in one) are cut in pieces: a rank's share is no single slice."""
+    for name, child in module.named_modules():
+        if isinstance(child, SubParamColumnParallel):
+            return f"{name} packs several weights in one"
+    return None
+
+
+def _read_slices(module: nn.Module, checkpoint: "_Checkpoint") -> None:
+    local = {name: tuple(p.shape) for name, p in module.named_parameters(remove_duplicate=False)}
+    shapes: list[dict[str, Shape] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(shapes, local)
+    by_rank = [shape for shape in shapes if shape is not None]
+    with contextlib.ExitStack() as files, torch.no_grad():
+        reader = _SliceReader(checkpoint, files)
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            bounds = slice_bounds(
+                name, [shape[name] for shape in by_rank], reader.shape(name), dist.get_rank()
+            )
+            if all(stop > start for start, stop in bounds):
+                parameter.copy_(reader.read(name, bounds))
+
+
+def slice_bounds(name: str, shapes: list[Shape], full: Shape, rank: int) -> list[tuple[int, int]]:
+    """(start, stop) on each axis of the full tensor, given the shape that every rank holds.
+
+    An axis is either whole on all ranks or cut, in rank order. Raises ShardError where the cuts
+    do not make up the axis, or where more than one is cut.
+    """
+    if any(len(shape) != len(full) for shape in shapes):
+        raise ShardError(f"{name}: shards {shapes} of a parameter of shape {full}")
+    bounds = []
+    cut = 0
+    for axis, size in enumerate(full):
+        sizes = [shape[axis] for shape in shapes]
+        if set(sizes) == {size}:
+            bounds.append((0, size))
+            continue
+        start = sum(sizes[:rank])
+        cut += 1
+        if sum(sizes) != size or cut > 1:
+            raise ShardError(f"{name}: shards {shapes} do not tile the shape {full}")
+        bounds.append((start, start + sizes[rank]))
+    return bounds
+
+
+@dataclass(frozen=True, slots=True)
+class _Checkpoint:
+    """Which safetensors file holds each parameter of a module."""
+
+    files: dict[str, Path]  # stored name -> file
+    stored_names: dict[str, str]  # parameter -> stored name; a tied one has its partner's
+    missing: tuple[str, ...]
+
+    @classmethod
+    def index(cls, folder: Path, module: nn.Module) -> "_Checkpoint":
+        files = dict(_stored_tensors(folder))
+        tied = getattr(module, "all_tied_weights_keys", None) or {}
+        names = {}
+        missing = []
+        for name, _ in module.named_parameters(remove_duplicate=False):
+            stored = name if name in files else tied.get(name, name)
+            names[name] = stored
+            if stored not in files:
+                missing.append(name)
+        return cls(files, names, tuple(missing))
+
+    def why_not_sliced(self) -> str | None:
+        if not self.files:
+            return "it has no safetensors files"
+        if self.missing:
+            return f"{len(self.missing)} parameters are stored otherwise, first {self.missing[0]}"
+        if unknown := self.files.keys() - set(self.stored_names.values()):
+            return f"{len(unknown)} stored tensors are no parameters, first {min(unknown)}"
+        return None
+
+
+def _stored_tensors(folder: Path) -> Iterator[tuple[str, Path]]:
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if index.exists():
+        for name, file in json.loads(index.read_text())["weight_map"].items():
+            yield name, folder / file
+    elif single.exists():
+        with safe_open(single, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                yield name, single
+
+
+class _SliceReader:
+    """Reads parts of tensors from files it opens once and that `files` closes."""
+
+    def __init__(self, checkpoint: _Checkpoint, files: contextlib.ExitStack) -> None:
+        self._checkpoint = checkpoint
+        self._open = {
+            path: files.enter_context(safe_open(path, framework="pt"))
+            for path in set(checkpoint.files.values())
+        }
+
+    def shape(self, name: str) -> Shape:
+        return tuple(self._slice(name).get_shape())
+
+    def read(self, name: str, bounds: list[tuple[int, int]]) -> torch.Tensor:
+        part: torch.Tensor = self._slice(name)[tuple(slice(*bound) for bound in bounds)]
+        return part
+
+    def _slice(self, name: str):  # type: ignore[no-untyped-def]
+        stored = self._checkpoint.stored_names[name]
+        return self._open[self._checkpoint.files[stored]].get_slice(stored)
