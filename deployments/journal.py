@@ -1,0 +1,67 @@
+"""What the client already has of a request: enough for another replica to go on with it.
+
+Prompt, seed, parameters and emitted token ids are all the state there is: verification makes the
+tokens a function of them, so a resumed stream equals the undisturbed one.
+"""
+
+from dataclasses import dataclass, field, replace
+
+from magicdec.deployments.errors import replica_died_twice
+from magicdec.deployments.responses import add_usages
+from magicdec.types import Request, RequestOutput, Usage
+
+MAX_DEATHS = 2  # live at this many replica deaths, a request is not sent again
+MAX_RESUMES = 2
+
+_NOTHING = Usage(prompt_tokens=0, completion_tokens=0)
+
+
+class ReplicaLost(Exception):
+    """The replica went away under a stream. `died`: it did so with the request live in it."""
+
+    def __init__(self, replica_id: str | None, *, died: bool) -> None:
+        super().__init__(f"lost replica {replica_id} (died: {died})")
+        self.replica_id = replica_id
+        self.died = died
+
+
+@dataclass(slots=True)
+class Journal:
+    """One request and what the client already has of it.
+
+    `earlier` holds the rounds and drafts of replicas that are gone; token counts are not in it,
+    since the emitted tokens count as output on the next replica.
+    """
+
+    request: Request
+    emitted: list[int] = field(default_factory=list)
+    last: Usage = _NOTHING
+    earlier: Usage = _NOTHING
+    deaths: int = 0
+    resumes: int = 0
+    lost: tuple[str, ...] = ()
+
+    def add(self, output: RequestOutput) -> RequestOutput:
+        """Writes the output down and gives it the usage of the whole request."""
+        self.emitted.extend(output.token_ids)
+        self.last = output.usage
+        return replace(output, usage=add_usages([output.usage, self.earlier]))
+
+    def next_request(self) -> Request:
+        return replace(self.request, emitted_token_ids=tuple(self.emitted))
+
+    def num_tokens(self) -> int:
+        """The most KV that the request can hold, in tokens."""
+        return len(self.request.prompt_token_ids) + self.request.sampling.max_tokens
+
+    def replica_lost(self, loss: ReplicaLost) -> None:
+        """Raises ApiError when the request has to end here."""
+        if loss.replica_id is not None:
+            self.lost += (loss.replica_id,)
+        self.deaths += loss.died
+        self.resumes += 1
+        rounds = replace(self.last, prompt_tokens=0, completion_tokens=0, cached_tokens=0)
+        self.earlier = add_usages([self.earlier, rounds])
+        self.last = _NOTHING
+        if self.deaths >= MAX_DEATHS or self.resumes > MAX_RESUMES:
+            raise replica_died_twice()

@@ -1,0 +1,54 @@
+"""Ray and Serve on this machine, for as long as this process runs."""
+
+import logging
+import os
+import socket
+
+from magicdec.deployments.settings import ServerSettings, SettingsError
+
+# Calls between Serve's processes by gRPC instead of Ray's object store: an item of a stream costs
+# half the CPU in each process that it passes. Must be set before Ray is imported and started.
+ENVIRONMENT = {
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+# Logical CPUs only admit actors; on a laptop their number must never be what stops a start.
+LOGICAL_CPUS = 64
+PROXY_HEAD_ONLY = "HeadOnly"
+
+
+def start_local_ray(server: ServerSettings, *, show_worker_logs: bool) -> None:
+    """A fresh cluster of one node and Serve's HTTP proxy on it; never joins another cluster.
+
+    Raises SettingsError when the port is taken.
+    """
+    check_port(server.host, server.port)
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import ray
+    from ray import serve
+    from ray.serve.config import HTTPOptions
+
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        num_cpus=LOGICAL_CPUS,
+        log_to_driver=show_worker_logs,
+        logging_level=logging.WARNING,
+    )
+    if not show_worker_logs:
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    http = HTTPOptions(host=server.host, port=server.port)
+    serve.start(proxy_location=PROXY_HEAD_ONLY, http_options=http)
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises SettingsError when nothing can listen there."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise SettingsError(f"cannot listen on {host}:{port}: {reason.lower()}") from error

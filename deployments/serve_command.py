@@ -1,0 +1,105 @@
+"""`magicdec serve`: Ray, Serve and the application on this machine until Ctrl-C."""
+
+import signal
+import threading
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from magicdec.deployments.embedded_model import resolve_model
+from magicdec.deployments.local_ray import check_port, start_local_ray
+from magicdec.deployments.replica_api import ReplicaDescription
+from magicdec.deployments.settings import ServeSettings, StartFailed
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """The running application."""
+
+    url: str
+    replica: ReplicaDescription
+
+
+def serve(settings: ServeSettings, console: Console, *, verbose: bool) -> None:
+    """Serves until SIGINT or SIGTERM. Raises SettingsError, ModelNotFoundError, StartFailed."""
+    check_port(settings.server.host, settings.server.port)
+    resolve_model(settings.model.path)  # here, so that its progress bar and errors are seen
+    try:
+        with console.status(f"Starting {settings.model.name} ..."):
+            server = start(settings, show_worker_logs=verbose)
+        stopped = _stop_on_signals()
+        console.print(summary(settings, server))
+        console.print("Ready. Ctrl-C stops the server.")
+        stopped.wait()
+        console.print("Stopping ...")
+    finally:
+        stop()
+
+
+def start(settings: ServeSettings, *, show_worker_logs: bool) -> Server:
+    """Starts everything and waits until requests can be served. Raises StartFailed."""
+    start_local_ray(settings.server, show_worker_logs=show_worker_logs)
+    from ray import serve as ray_serve
+
+    from magicdec.deployments.app import APP_NAME, REPLICA_DEPLOYMENT, build
+
+    try:
+        ray_serve.run(build(settings), name=APP_NAME, route_prefix="/")
+    except RuntimeError as error:  # Serve gave up: the reason is in the deployment's status
+        raise StartFailed(_failure() or str(error)) from error
+    replicas = ray_serve.get_deployment_handle(REPLICA_DEPLOYMENT, APP_NAME)
+    replica: ReplicaDescription = replicas.describe.remote().result(timeout_s=30)
+    return Server(f"http://{settings.server.host}:{settings.server.port}", replica)
+
+
+def stop() -> None:
+    """Ends every process of the local cluster; streams that are open are cut."""
+    import ray
+
+    ray.shutdown()
+
+
+def summary(settings: ServeSettings, server: Server) -> Table:
+    """What was chosen, for the terminal."""
+    replica, speculation, server_settings = server.replica, settings.speculation, settings.server
+    draft = (
+        f"length {speculation.draft_length}, budget {speculation.draft_budget} positions"
+        if speculation.draft_length
+        else "off (draft length 0)"
+    )
+    rows = {
+        "model": f"{settings.model.name} ({settings.model.dtype})",
+        "context": f"{replica.max_model_len:,} tokens",
+        "replicas": f"{server_settings.num_replicas}, {replica.num_ranks} rank(s) each",
+        "attention": replica.attention_backend,
+        "KV capacity": f"{replica.kv_capacity_tokens:,} tokens a replica",
+        "draft": draft,
+        "API keys": "required" if server_settings.api_keys_file else "not required",
+        "URL": f"{server.url}/v1",
+    }
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in rows.items():
+        table.add_row(f"[bold]{name}[/bold]", value)
+    return table
+
+
+def _stop_on_signals() -> threading.Event:
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+    return stopped
+
+
+def _failure() -> str | None:
+    """The last line of the message of the deployment that did not start."""
+    from ray import serve as ray_serve
+
+    from magicdec.deployments.app import APP_NAME
+
+    application = ray_serve.status().applications.get(APP_NAME)
+    if application is None:
+        return None
+    messages = [d.message for d in application.deployments.values() if d.message]
+    lines = [line.strip() for m in messages for line in m.splitlines() if line.strip()]
+    return lines[-1] if lines else application.message or None

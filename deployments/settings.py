@@ -1,0 +1,242 @@
+"""The server's settings: where YAML and the command line enter, checked once, frozen from then on.
+
+Defaults of the engine's own fields come from `magicdec/config.py`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from magicdec.config import (
+    CacheConfig,
+    ConfigError,
+    EngineConfig,
+    ModelConfig,
+    ParallelConfig,
+    SchedulerConfig,
+    SpeculativeConfig,
+)
+from magicdec.deployments.embedded_model import EMBEDDED_MODEL_NAME
+
+GIB = 1 << 30
+_MODEL = ModelConfig(path=EMBEDDED_MODEL_NAME)
+_CACHE = CacheConfig()
+_SCHEDULER = SchedulerConfig()
+_SPECULATION = SpeculativeConfig()
+_PARALLEL = ParallelConfig()
+
+
+class SettingsError(ValueError):
+    """A settings file or flag that cannot be used; the message is one line for a person."""
+
+
+class StartFailed(RuntimeError):
+    """The application did not become ready; the message is one line for a person."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelSettings(Section):
+    path: str = Field(
+        default=_MODEL.path,
+        description="Hugging Face folder, hub id, or the name of the embedded model.",
+    )
+    dtype: str = Field(
+        default=_MODEL.dtype,
+        description="float32 (exact), bfloat16 or float16, of weights, activations and KV cache.",
+    )
+    max_model_len: int | None = Field(
+        default=_MODEL.max_model_len,
+        description="Longest context in tokens, prompt and output; empty: what the model declares.",
+    )
+    served_name: str | None = Field(
+        default=None, description="The name clients use; empty: the last part of path."
+    )
+
+    @property
+    def name(self) -> str:
+        """What /v1/models lists and requests must name."""
+        return self.served_name or Path(self.path).name
+
+
+class CacheSettings(Section):
+    block_size: int = Field(default=_CACHE.block_size, description="Tokens a KV block.")
+    kv_cache_gib: float = Field(
+        default=_CACHE.kv_cache_bytes / GIB, gt=0, description="KV pool of one rank, in GiB."
+    )
+    num_blocks: int | None = Field(
+        default=_CACHE.num_blocks,
+        description="Size of the KV pool in blocks; overrides kv_cache_gib.",
+    )
+
+
+class SchedulerSettings(Section):
+    max_num_seqs: int = Field(
+        default=_SCHEDULER.max_num_seqs, description="Sequences that one replica runs at once."
+    )
+    max_batch_tokens: int = Field(
+        default=_SCHEDULER.max_batch_tokens,
+        description="Tokens of one step: decode rows with their drafts, then prefill chunks.",
+    )
+
+
+class SpeculationSettings(Section):
+    draft_length: int = Field(
+        default=_SPECULATION.draft_length,
+        description="Tokens drafted a round; 0 is plain decoding.",
+    )
+    draft_budget: int = Field(
+        default=_SPECULATION.draft_budget, description="KV positions that a draft step reads."
+    )
+    num_sink_tokens: int = Field(
+        default=_SPECULATION.num_sink_tokens,
+        description="Of the budget: the first positions of the context, always kept.",
+    )
+
+
+class ParallelSettings(Section):
+    tensor_parallel_size: int = Field(
+        default=_PARALLEL.tensor_parallel_size, description="Ranks that one replica is split over."
+    )
+    num_threads: int | None = Field(
+        default=_PARALLEL.num_threads,
+        description="torch threads a rank; empty: the cores are shared among the ranks.",
+    )
+    use_gpu: bool = Field(
+        default=False, description="Give each rank one GPU; otherwise ranks run on CPUs."
+    )
+
+
+class ServerSettings(Section):
+    host: str = Field(
+        default="127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface."
+    )
+    port: int = Field(default=8000, ge=1, le=65535, description="TCP port of the HTTP endpoint.")
+    num_replicas: int = Field(default=1, ge=1, description="Copies of the engine.")
+    num_ingress_replicas: int = Field(
+        default=1, ge=1, description="Processes that validate, tokenize and stream."
+    )
+    max_queued_requests: int = Field(
+        default=256,
+        ge=1,
+        description="Requests that may wait for an engine, over all replicas; more get 429.",
+    )
+    keep_alive_s: float = Field(
+        default=5.0,
+        gt=0,
+        description="A stream that has been silent this long gets an SSE comment.",
+    )
+    drain_timeout_s: float = Field(
+        default=600.0,
+        gt=0,
+        description="How long a replica that is taken away may finish its streams.",
+    )
+    replica_wait_s: float = Field(
+        default=60.0,
+        gt=0,
+        description="How long a request waits for a replica while none can take it.",
+    )
+    max_body_bytes: int = Field(
+        default=16 << 20, ge=1024, description="Largest request body; larger ones get 413."
+    )
+    max_choices: int = Field(
+        default=64, ge=1, description="Most prompts in one completion request."
+    )
+    api_keys_file: str | None = Field(
+        default=None,
+        description="File with one accepted API key a line; empty: no key is asked for.",
+    )
+
+
+class ServeSettings(Section):
+    """Everything that `magicdec serve` can be told; the YAML file has these sections."""
+
+    model: ModelSettings = Field(default_factory=ModelSettings, description="Which weights.")
+    cache: CacheSettings = Field(default_factory=CacheSettings, description="The KV pool.")
+    scheduler: SchedulerSettings = Field(
+        default_factory=SchedulerSettings, description="How much one step may hold."
+    )
+    speculation: SpeculationSettings = Field(
+        default_factory=SpeculationSettings, description="The draft."
+    )
+    parallel: ParallelSettings = Field(
+        default_factory=ParallelSettings, description="How one replica is spread over ranks."
+    )
+    server: ServerSettings = Field(default_factory=ServerSettings, description="The HTTP side.")
+
+    @model_validator(mode="after")
+    def _engine_accepts(self) -> "ServeSettings":
+        try:
+            self.engine_config()
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+    def engine_config(self) -> EngineConfig:
+        """Raises ConfigError naming field, value and limit."""
+        return EngineConfig(
+            model=ModelConfig(
+                path=self.model.path,
+                dtype=self.model.dtype,
+                max_model_len=self.model.max_model_len,
+            ),
+            cache=CacheConfig(
+                block_size=self.cache.block_size,
+                kv_cache_bytes=int(self.cache.kv_cache_gib * GIB),
+                num_blocks=self.cache.num_blocks,
+            ),
+            scheduler=SchedulerConfig(**self.scheduler.model_dump()),
+            speculation=SpeculativeConfig(**self.speculation.model_dump()),
+            parallel=ParallelConfig(
+                tensor_parallel_size=self.parallel.tensor_parallel_size,
+                num_threads=self.parallel.num_threads,
+            ),
+        )
+
+
+def parse_settings(values: dict[str, Any]) -> ServeSettings:
+    """Raises SettingsError: one line a wrong field, with its value and limit."""
+    try:
+        return ServeSettings.model_validate(values)
+    except ValidationError as error:
+        lines = [_line(dict(e)) for e in error.errors(include_url=False)]
+        raise SettingsError("; ".join(lines)) from error
+
+
+def load_settings(path: str | None, overrides: dict[str, dict[str, Any]]) -> ServeSettings:
+    """The YAML file at `path`, if any, with `overrides` (section -> field -> value) on top.
+
+    Raises SettingsError when the file cannot be read or a field is wrong.
+    """
+    values = {} if path is None else _read_yaml(path)
+    for section, fields in overrides.items():
+        given = values.get(section) or {}
+        values[section] = {**given, **fields} if isinstance(given, dict) else given
+    return parse_settings(values)
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"cannot read {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        problem = " ".join(str(error).split())
+        raise SettingsError(f"{path} is not YAML: {problem}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise SettingsError(f"{path} must hold sections such as 'model:', got {values!r}")
+    return values
+
+
+def _line(error: dict[str, Any]) -> str:
+    field = ".".join(str(part) for part in error["loc"])
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if not field:  # from the engine's own config, which names field and value itself
+        return message
+    return f"{field}: {message} (got {error['input']!r})"

@@ -1,0 +1,85 @@
+"""The real Serve application over a tiny fp32 model: one Ray a session, one app at a time."""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from openai import OpenAI
+from ray import serve
+from ray.exceptions import RayActorError
+
+from magicdec.deployments.app import APP_NAME, REPLICA_DEPLOYMENT, build
+from magicdec.deployments.local_ray import start_local_ray
+from magicdec.deployments.replica_api import ReplicaDescription
+from magicdec.deployments.settings import ServeSettings, load_settings
+
+PORT = 8123
+MODEL = "tiny"
+
+
+class ServedApp:
+    """The application as a test sees it: an endpoint, and what its replicas say of themselves."""
+
+    url = f"http://127.0.0.1:{PORT}"
+
+    def __init__(self) -> None:
+        self._replicas = serve.get_deployment_handle(REPLICA_DEPLOYMENT, APP_NAME)
+
+    def client(self, api_key: str = "none") -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=60)
+
+    def replicas(self) -> list[ReplicaDescription]:
+        """Those alive; asked again while one that was killed is still on Serve's list."""
+        for _ in range(100):
+            try:
+                found: list[ReplicaDescription]
+                found = self._replicas.broadcast("describe").results(timeout_s=20)
+                return found
+            except RayActorError:
+                time.sleep(0.05)
+        pytest.fail("Serve keeps a dead replica on its list")
+
+
+def tiny_settings(path: Path, *, tensor_parallel_size: int = 1, **server: Any) -> ServeSettings:
+    """An engine whose limits are low enough to be met in a test."""
+    return load_settings(
+        None,
+        {
+            "model": {"path": str(path), "dtype": "float32", "served_name": MODEL},
+            "cache": {"block_size": 8, "num_blocks": 512},
+            "scheduler": {"max_num_seqs": 16, "max_batch_tokens": 128},
+            "speculation": {"draft_length": 3, "draft_budget": 32, "num_sink_tokens": 4},
+            "parallel": {"num_threads": 1, "tensor_parallel_size": tensor_parallel_size},
+            "server": {"port": PORT, "keep_alive_s": 0.2, **server},
+        },
+    )
+
+
+@pytest.fixture(scope="session")
+def local_ray(tiny_model_dir: Path) -> Iterator[None]:
+    start_local_ray(tiny_settings(tiny_model_dir).server, show_worker_logs=False)
+    yield
+    ray.shutdown()
+
+
+AppFactory = Callable[..., ServedApp]
+
+
+@pytest.fixture(scope="session")
+def run_app(local_ray: None, tiny_model_dir: Path) -> AppFactory:
+    """Deploys the application with the given server settings, unless that is what runs already."""
+    running: list[ServeSettings] = []
+
+    def run(**server: Any) -> ServedApp:
+        settings = tiny_settings(tiny_model_dir, **server)
+        if running != [settings]:
+            if running:
+                serve.delete(APP_NAME)
+            serve.run(build(settings), name=APP_NAME)
+            running[:] = [settings]
+        return ServedApp()
+
+    return run
