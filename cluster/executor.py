@@ -22,7 +22,13 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from magicdec.attention import UnsupportedModel
 from magicdec.batch import Batch, StepResult
 from magicdec.cluster.placement import Rendezvous, rank_resources
-from magicdec.cluster.shard_worker import Channel, ShardWorker, StepReply, send_at_once
+from magicdec.cluster.shard_worker import (
+    Channel,
+    ShardFacts,
+    ShardWorker,
+    StepReply,
+    send_at_once,
+)
 from magicdec.config import ConfigError, EngineConfig
 from magicdec.executor import ExecutorError
 
@@ -60,7 +66,7 @@ class ShardedExecutor:
         self._workers: list[Any] = []
         self._serving: list[ray.ObjectRef[None]] = []
         try:
-            self._num_blocks = self._start(config, placement_group)
+            self._facts: ShardFacts = self._start(config, placement_group)
         except RayTaskError as error:
             self.shutdown()
             if isinstance(error.cause, UnsupportedModel | ConfigError):
@@ -72,7 +78,11 @@ class ShardedExecutor:
 
     @property
     def num_blocks(self) -> int:
-        return self._num_blocks
+        return self._facts.num_affordable_blocks
+
+    @property
+    def attention_backend(self) -> str:
+        return self._facts.attention_backend
 
     def execute(self, batch: Batch) -> StepResult:
         """Raises ExecutorError when a rank died, failed, hung, or disagrees with rank 0."""
@@ -102,7 +112,8 @@ class ShardedExecutor:
             ray.kill(worker)
         self._channels, self._workers, self._serving = [], [], []
 
-    def _start(self, config: EngineConfig, placement_group: PlacementGroup | None) -> int:
+    def _start(self, config: EngineConfig, placement_group: PlacementGroup | None) -> ShardFacts:
+        """What rank 0 says of itself, with the smallest pool of all ranks."""
         num_ranks = config.parallel.tensor_parallel_size
         use_gpu = placement_group is not None and "GPU" in placement_group.bundle_specs[1]
         self._workers = [
@@ -119,7 +130,8 @@ class ShardedExecutor:
         num_blocks = min(fact.num_affordable_blocks for fact in facts)
         _gather([worker.allocate.remote(num_blocks) for worker in self._workers])
         self._connect()
-        return int(num_blocks)
+        smallest: ShardFacts = replace(facts[0], num_affordable_blocks=num_blocks)
+        return smallest
 
     def _connect(self) -> None:
         authkey = secrets.token_bytes(32)

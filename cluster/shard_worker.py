@@ -32,6 +32,7 @@ class ShardFacts:
     """What one rank learnt by loading."""
 
     num_affordable_blocks: int
+    attention_backend: str
     warnings: tuple[str, ...]
 
 
@@ -79,7 +80,11 @@ class ShardWorker:
         device = torch.device("cuda" if rendezvous.use_gpu else "cpu")
         model = describe_model(load_shard(folder, compute_dtype(dtype, device)), dtype)
         self._runner = ModelRunner(model, self._config)
-        return ShardFacts(self._runner.num_affordable_blocks(), report.warnings)
+        return ShardFacts(
+            self._runner.num_affordable_blocks(),
+            self._runner.attention_backend,
+            report.warnings,
+        )
 
     def allocate(self, num_blocks: int) -> None:
         """Every rank gets the smallest count: one block table serves them all."""

@@ -1,7 +1,6 @@
 """Where the K/V of a packed batch lies, and what of it can be read without a copy."""
 
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -63,7 +62,6 @@ class PagedLayout:
         return self._masks[key]
 
 
-@lru_cache(maxsize=64)
 def causal_mask(query_len: int, num_keys: int, window: int) -> torch.Tensor:
     """fp32 [query_len, num_keys]: 0 where the row sees the key, -inf elsewhere."""
     rows = torch.arange(num_keys - query_len, num_keys)[:, None]

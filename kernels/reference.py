@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from magicdec.kernels.paged_layout import PagedLayout, causal_mask
+from magicdec.kernels.paged_layout import PagedLayout
 
 _MASK64 = 2**64 - 1
 
@@ -28,8 +28,8 @@ def paged_attention(
     ):
         num_keys = context_len + query_len
         slots = torch.from_numpy(layout.slots(i, 0, num_keys)).to(k_cache.device)
-        mask = causal_mask(query_len, num_keys, sliding_window or 0).to(query.device)
         rows = query[:, row : row + query_len]
+        mask = layout.causal_mask(query_len, num_keys, sliding_window or 0, 1, rows)
         k, v = k_cache.index_select(1, slots), v_cache.index_select(1, slots)
         outputs.append(masked_attention(rows, k, v, mask, scaling, softcap))
         row += query_len
@@ -40,7 +40,7 @@ def masked_attention(
     query: torch.Tensor,  # [num_query_heads, num_rows, head_dim]
     key: torch.Tensor,  # [num_kv_heads, num_keys, head_dim]
     value: torch.Tensor,
-    mask: torch.Tensor,  # fp32, additive, broadcast to [num_query_heads, num_rows, num_keys]
+    mask: torch.Tensor,  # additive, broadcast to [num_query_heads, num_rows, num_keys]
     scaling: float,
     softcap: float | None,
 ) -> torch.Tensor:

@@ -7,17 +7,9 @@ burst between two reports would all land on the replica that looked emptiest.
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
+from magicdec.stats import EngineLoad
+
 Clock = Callable[[], float]  # seconds, monotonic
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaLoad:
-    """What a replica says of itself. KV counts are in tokens."""
-
-    num_running: int
-    num_waiting: int
-    free_kv_tokens: int
-    total_kv_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +22,16 @@ class Assignment:
 
 @dataclass(slots=True)
 class _Debit:
+    """An assignment that no report holds yet. `waits`: the replica had no room when it was made."""
+
     at: float
     num_tokens: int
+    waits: bool
 
 
 @dataclass(slots=True)
 class _Replica:
-    load: ReplicaLoad
+    load: EngineLoad
     reported_at: float
     debits: list[_Debit] = field(default_factory=list)
 
@@ -44,7 +39,10 @@ class _Replica:
         return self.load.free_kv_tokens - sum(debit.num_tokens for debit in self.debits)
 
     def num_queued(self) -> int:
-        return self.load.num_waiting + len(self.debits)
+        return self.load.num_waiting + sum(debit.waits for debit in self.debits)
+
+    def has_room(self, num_tokens: int) -> bool:
+        return self.load.num_waiting == 0 and self.free_kv_tokens() >= num_tokens
 
 
 class Admission:
@@ -72,8 +70,12 @@ class Admission:
         self._replicas: dict[str, _Replica] = {}
         self._dead_since: dict[str, float] = {}
 
-    def report(self, replica_id: str, load: ReplicaLoad) -> None:
-        """Takes a replica's load; assignments older than `settle_s` are in it by now."""
+    def report(self, replica_id: str, load: EngineLoad) -> None:
+        """Takes a replica's load.
+
+        A replica counts a request from the moment that it arrives, even during a step, so only the
+        way there has to be waited for: assignments older than `settle_s` are in the load by now.
+        """
         now = self._clock()
         self._forget(now)
         if replica_id in self._dead_since:
@@ -90,28 +92,35 @@ class Admission:
         self._forget(self._clock())
         return sorted(self._replicas)
 
-    def assign(self, num_tokens: int, exclude: Collection[str] = ()) -> Assignment:
+    def assign(
+        self, num_tokens: int, exclude: Collection[str] = (), *, resumed: bool = False
+    ) -> Assignment:
         """The replica for a request that will hold up to `num_tokens` of KV.
 
-        One that has room now comes first, then the shortest queue, then the most free KV.
+        One that has room now comes first, then the shortest queue, then the most free KV. The
+        queue's bound refuses only requests that would wait, and never a `resumed` one: its client
+        has a part of the answer, and it was counted when it first came.
         """
         now = self._clock()
         self._forget(now)
         candidates = {k: r for k, r in self._replicas.items() if k not in exclude}
         if not candidates:
             return Assignment(None)
-        if sum(r.num_queued() for r in self._replicas.values()) >= self._max_queued_requests:
-            return Assignment(None, self._retry_after_s)
 
         def cost(replica_id: str) -> tuple[bool, int, int, str]:
             replica = candidates[replica_id]
             free = replica.free_kv_tokens()
-            has_room = replica.load.num_waiting == 0 and free >= num_tokens
-            return (not has_room, replica.num_queued(), -free, replica_id)
+            return (not replica.has_room(num_tokens), replica.num_queued(), -free, replica_id)
 
         chosen = min(candidates, key=cost)
-        candidates[chosen].debits.append(_Debit(now, num_tokens))
+        waits = not candidates[chosen].has_room(num_tokens)
+        if waits and not resumed and self._num_queued() >= self._max_queued_requests:
+            return Assignment(None, self._retry_after_s)
+        candidates[chosen].debits.append(_Debit(now, num_tokens, waits))
         return Assignment(chosen)
+
+    def _num_queued(self) -> int:
+        return sum(replica.num_queued() for replica in self._replicas.values())
 
     def _forget(self, now: float) -> None:
         limit = self._report_timeout_s

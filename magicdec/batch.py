@@ -38,6 +38,12 @@ class ScheduledSequence:
     history: NDArray[np.int64] | None  # [num_tokens] prompt and output, where penalties need it
 
     @property
+    def is_decode_row(self) -> bool:
+        """The sequence's last token, an output token: what a round verifies."""
+        one_row = self.sampling is not None and len(self.token_ids) == 1
+        return one_row and self.num_tokens > self.num_prompt_tokens
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of the sequence up to and including this step's, drafts not counted."""
         return self.num_computed_tokens + len(self.token_ids)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 DTYPES = ("float32", "bfloat16", "float16")
+MAX_DRAFT_LENGTH = 16  # kernels take up to 17 rows a sequence
 
 
 class ConfigError(ValueError):
@@ -67,9 +68,13 @@ class SpeculativeConfig:
     def __post_init__(self) -> None:
         check_at_least("draft_length", self.draft_length, 0)
         check_at_least("num_sink_tokens", self.num_sink_tokens, 0)
-        check_at_least("draft_budget", self.draft_budget, self.num_sink_tokens + 1)
-        if self.draft_length > 16:
-            raise ConfigError(f"draft_length must be at most 16, got {self.draft_length}")
+        if self.draft_length > MAX_DRAFT_LENGTH:
+            raise ConfigError(
+                f"draft_length must be at most {MAX_DRAFT_LENGTH}, got {self.draft_length}"
+            )
+        # The sink, the round's own tokens and at least one recent position.
+        least = self.num_sink_tokens + self.draft_length + 1
+        check_at_least("draft_budget", self.draft_budget, least)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +82,7 @@ class ParallelConfig:
     """How the model is spread over ranks."""
 
     tensor_parallel_size: int = 1
-    num_threads: int | None = None  # torch threads a rank; None: torch's own choice
+    num_threads: int | None = None  # torch threads a rank; None: the cores, shared
 
     def __post_init__(self) -> None:
         check_at_least("tensor_parallel_size", self.tensor_parallel_size, 1)

@@ -15,7 +15,7 @@ class Detokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...]) -> None:
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stream = _new_stream()
         self._stop = stop
         self._held = ""
         self._undecoded: list[int] = []  # ids whose bytes are not yet whole characters
@@ -23,20 +23,33 @@ class Detokenizer:
 
     def append(self, token_id: int, may_stop: bool) -> str:
         """Text that this token releases; stop strings are looked for only where it may stop."""
-        text = self._stream.step(self._tokenizer.backend_tokenizer, token_id)
-        if text is None:
-            self._undecoded.append(token_id)
-            return ""
-        self._undecoded.clear()
+        text = self._decode(token_id)
         return self._release(text) if may_stop else text
 
     def flush(self) -> str:
         """What was held back, once no more tokens come."""
         rest, self._held = self._held, ""
-        if self._undecoded and not self.stopped:
-            rest += self._tokenizer.backend_tokenizer.decode(self._undecoded)
-            self._undecoded.clear()
-        return rest
+        return rest if self.stopped else rest + self._give_up_undecoded()
+
+    def _decode(self, token_id: int) -> str:
+        backend = self._tokenizer.backend_tokenizer
+        try:
+            text = self._stream.step(backend, token_id)
+        except Exception:  # what tokenizers raises for bytes that no character begins with
+            given_up = self._give_up_undecoded()
+            self._stream = _new_stream()
+            text = given_up + (self._stream.step(backend, token_id) or "")
+        if not text:
+            self._undecoded.append(token_id)
+            return ""
+        self._undecoded.clear()
+        return text
+
+    def _give_up_undecoded(self) -> str:
+        """Bytes that never became a character, as replacement characters."""
+        text: str = self._tokenizer.backend_tokenizer.decode(self._undecoded)
+        self._undecoded.clear()
+        return text
 
     def _release(self, text: str) -> str:
         self._held += text
@@ -49,6 +62,10 @@ class Detokenizer:
         split = len(self._held) - keep
         released, self._held = self._held[:split], self._held[split:]
         return released
+
+
+def _new_stream() -> DecodeStream:
+    return DecodeStream(skip_special_tokens=True)
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -99,6 +99,10 @@ class Engine:
         assert {id(s) for s in queued} == tracked, "a sequence is queued but not tracked"
         assert self._sequences.keys() == self._detokenizers.keys()
 
+    @property
+    def attention_backend(self) -> str:
+        return self._executor.attention_backend
+
     def shutdown(self) -> None:
         self._executor.shutdown()
 
@@ -183,12 +187,12 @@ class Engine:
     def _record(self, batch: Batch, result: StepResult) -> None:
         stats = self.stats
         stats.num_steps += 1
-        stats.num_rounds += any(len(s.token_ids) == 1 for s in batch.sequences)
+        stats.num_rounds += any(s.is_decode_row for s in batch.sequences)
         stats.num_preemptions = self._scheduler.num_preemptions
         stats.draft_seconds += result.draft_seconds
         stats.verify_seconds += result.verify_seconds
         for share, outcome in zip(batch.sequences, result.sequences, strict=True):
-            if len(share.token_ids) == 1:
+            if share.is_decode_row:
                 stats.num_decode_rows += 1
                 stats.num_draft_tokens += outcome.num_draft_tokens
                 stats.num_accepted_tokens += outcome.num_accepted_tokens
@@ -197,11 +201,17 @@ class Engine:
 
 
 def _resolve_max_model_len(config: EngineConfig, facts: ModelFacts, pool_tokens: int) -> int:
-    """The longest sequence that the model, the setting and the pool all allow."""
+    """The longest sequence that the model and the pool allow. Raises ConfigError when a setting
+    asks for more."""
     wanted = config.model.max_model_len
     if wanted is not None and wanted > facts.max_position_embeddings:
         raise ConfigError(
             f"max_model_len must be at most the model's {facts.max_position_embeddings}, "
             f"got {wanted}"
+        )
+    if wanted is not None and wanted > pool_tokens:
+        raise ConfigError(
+            f"max_model_len must fit the KV pool of {pool_tokens} tokens, got {wanted}; "
+            "raise kv_cache_bytes"
         )
     return min(wanted or facts.max_position_embeddings, pool_tokens)

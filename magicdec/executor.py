@@ -17,6 +17,9 @@ class Executor(Protocol):
     @property
     def num_blocks(self) -> int: ...
 
+    @property
+    def attention_backend(self) -> str: ...
+
     def execute(self, batch: Batch) -> StepResult:
         """Raises ExecutorError when a rank died or failed."""
         ...
@@ -34,6 +37,10 @@ class LocalExecutor:
     @property
     def num_blocks(self) -> int:
         return self._runner.num_blocks
+
+    @property
+    def attention_backend(self) -> str:
+        return self._runner.attention_backend
 
     def execute(self, batch: Batch) -> StepResult:
         return self._runner.execute(batch)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from magicdec.config import CacheConfig
+from magicdec.config import CacheConfig, check_at_least
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +51,14 @@ def bytes_per_token(layers: tuple[LayerSpec, ...], dtype: torch.dtype) -> int:
 def num_affordable_blocks(
     layers: tuple[LayerSpec, ...], dtype: torch.dtype, cache: CacheConfig
 ) -> int:
-    """Whole blocks within the rank's memory; a rank without KV heads affords any number."""
+    """Whole blocks within the rank's memory; a rank without KV heads affords any number.
+
+    Raises ConfigError when not even one fits.
+    """
     if cache.num_blocks is not None:
         return cache.num_blocks
     block_bytes = bytes_per_token(layers, dtype) * cache.block_size
-    return cache.kv_cache_bytes // block_bytes if block_bytes else 2**31
+    if block_bytes == 0:
+        return 2**31
+    check_at_least("kv_cache_bytes (one block)", cache.kv_cache_bytes, block_bytes)
+    return cache.kv_cache_bytes // block_bytes

@@ -137,6 +137,7 @@ def describe_model(module: Any, kv_dtype: str) -> LoadedModel:
     Every rank of a sharded module must call this together: the forward all-reduces. Raises
     UnsupportedModel when a layer keeps its own attention.
     """
+    _refuse_unless_local(module.config.get_text_config())
     register_attention()
     module.eval()
     module.set_attn_implementation(ATTENTION_NAME)
@@ -154,3 +155,19 @@ def describe_model(module: Any, kv_dtype: str) -> LoadedModel:
         )
     dtype = cast(torch.dtype, getattr(torch, kv_dtype))
     return LoadedModel(module, tuple(probe.layers), logits.shape[-1], dtype, device)
+
+
+def _refuse_unless_local(config: Any) -> None:
+    """A row's attention may depend on its own sequence alone, in ways that our pages know.
+
+    LongRoPE picks its frequencies by the longest row of a forward, so a sequence's tokens would
+    depend on its neighbours; chunked attention lives in a mask that is never built for our name.
+    """
+    known = {"full_attention", "sliding_attention"}
+    unknown = set(vars(config).get("layer_types") or ()) - known
+    if unknown:
+        raise UnsupportedModel(f"layers of type {', '.join(sorted(unknown))} are not supported")
+    rope = vars(config).get("rope_parameters") or {}
+    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    if any(kind.get("rope_type") == "longrope" for kind in kinds):
+        raise UnsupportedModel("rope_type longrope is not supported: it depends on the batch")

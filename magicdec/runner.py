@@ -29,7 +29,7 @@ class ModelRunner:
         self._model = model
         self._config = config
         self._sampler = Sampler(read_model_facts(config.model.path).eos_token_ids)
-        self.backend = select_backend(model.device, model.kv_dtype)
+        self._backend = select_backend(model.device, model.kv_dtype)
         self._cache: PagedKVCache | None = None
         self._drafter: Drafter | None = None
 
@@ -40,6 +40,10 @@ class ModelRunner:
             torch.set_num_threads(config.parallel.num_threads)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return cls(load_model(config.model, device), config)
+
+    @property
+    def attention_backend(self) -> str:
+        return self._backend.name
 
     @property
     def num_blocks(self) -> int:
@@ -65,7 +69,7 @@ class ModelRunner:
         self._drafter = SelfDrafter(
             self.forward,
             self._cache,
-            self.backend,
+            self._backend,
             self._sampler,
             self._config.speculation.num_sink_tokens,
         )
@@ -94,7 +98,7 @@ class ModelRunner:
     def _verify(self, batch: Batch, drafts: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
         """The target's own choice after each prefix of the draft; none for an unfinished chunk."""
         layout, token_ids = _pack(batch.sequences, drafts, self._pages.block_size)
-        attention = PagedAttention(self._pages, layout, self.backend)
+        attention = PagedAttention(self._pages, layout, self._backend)
         keep, rows = _sampled_rows(batch.sequences, drafts)
         logits = self.forward(token_ids, row_positions(layout), attention, keep)
         chosen = iter(self._sampler.sample(logits, rows) if rows else [])

@@ -87,8 +87,9 @@ class Sampler:
         scores = scores.clone()
         if sampling.has_penalties:
             _penalize(scores, row)
-        for token_id, bias in sampling.logit_bias:
-            scores[token_id] += bias
+        if sampling.logit_bias:
+            ids, biases = zip(*sampling.logit_bias, strict=True)
+            scores.index_add_(0, torch.tensor(ids), torch.tensor(biases, dtype=scores.dtype))
         if row.num_output_tokens < sampling.min_tokens:
             banned = sampling.stop_token_ids
             if not sampling.ignore_eos:
@@ -96,6 +97,7 @@ class Sampler:
             scores[list(banned)] = float("-inf")
         if sampling.temperature == 0.0:
             return scores
+        scores -= scores.max()  # dividing large scores would round their differences away
         scores /= sampling.temperature
         if 0 < sampling.top_k < len(scores):
             threshold = torch.topk(scores, sampling.top_k).values[-1]

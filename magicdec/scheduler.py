@@ -39,10 +39,12 @@ class Scheduler:
         scheduled: list[ScheduledSequence] = []
         budget = self._config.max_batch_tokens
         decoding = [s for s in self.running if s.num_uncomputed_tokens == 1]
+        # Drafts leave a part of the budget to prompts, or a full batch would keep newcomers out.
+        reserve = budget // 4 if self.waiting or len(decoding) < len(self.running) else 0
         for i, sequence in enumerate(decoding):
             if sequence.status is not SequenceStatus.RUNNING:
                 continue  # preempted for an earlier one
-            rows_left = budget - (len(decoding) - i - 1)
+            rows_left = budget - (len(decoding) - i - 1) - reserve
             draft_length = self._reserve_decode(sequence, min(plan.draft_length, rows_left - 1))
             if draft_length is None:
                 continue
@@ -70,7 +72,7 @@ class Scheduler:
         ):
             # A draft's last accepted token is computed; the recovered or bonus token is not.
             sequence.num_computed_tokens += len(share.token_ids) + outcome.num_accepted_tokens
-            if outcome.token_ids and len(share.token_ids) == 1:
+            if share.is_decode_row:
                 sequence.num_rounds += 1
                 sequence.num_draft_tokens += outcome.num_draft_tokens
                 sequence.num_accepted_tokens += outcome.num_accepted_tokens

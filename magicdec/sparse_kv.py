@@ -69,13 +69,14 @@ class DraftAttention:
         self._kv: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._masks: dict[int | None, torch.Tensor] = {}
         self._step = -1
-        self._context_lens = torch.tensor(layout.context_lens)
+        self._device = cache.k[0].device
+        self._context_lens = torch.tensor(layout.context_lens, device=self._device)
 
     def begin_step(self, step: int) -> torch.Tensor:
         """Moves to draft step 0, 1, ...; returns the rows' absolute positions, [batch]."""
         self._step = step
         self._masks = {}
-        return self._context_lens + step
+        return torch.tensor(self._layout.context_lens) + step
 
     def attend(
         self,
@@ -118,7 +119,8 @@ class DraftAttention:
             slots[i, : len(chosen)] = table[chosen // size] * size + chosen % size
             start = self._layout.context_lens[i]
             positions[i, num_selected:] = np.arange(start, start + self._draft_length)
-        return _View(torch.from_numpy(positions), torch.from_numpy(slots), sliding_window)
+        on_device = [torch.from_numpy(array).to(self._device) for array in (positions, slots)]
+        return _View(on_device[0], on_device[1], sliding_window)
 
     def _mask(self, view: _View, dtype: torch.dtype) -> torch.Tensor:
         """Additive [batch, num_columns]: -inf for padding, for columns not yet written, and
@@ -128,6 +130,7 @@ class DraftAttention:
             visible = (view.positions >= 0) & (view.positions <= row)
             if view.sliding_window is not None:
                 visible &= row - view.positions < view.sliding_window
-            mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, float("-inf"))
+            mask = torch.zeros(visible.shape, dtype=dtype, device=self._device)
+            mask.masked_fill_(~visible, float("-inf"))
             self._masks[view.sliding_window] = mask
         return self._masks[view.sliding_window]

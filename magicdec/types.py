@@ -8,6 +8,7 @@ from enum import Enum
 
 MAX_STOP_STRINGS = 16
 MAX_SEED = 2**64 - 1
+MIN_TEMPERATURE = 1e-5  # below, fp32 scores overflow
 
 
 class RequestError(ValueError):
@@ -62,6 +63,12 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         check_range("temperature", self.temperature, 0.0, 100.0)
+        if 0.0 < self.temperature < MIN_TEMPERATURE:
+            raise RequestError(
+                f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE}, "
+                f"got {self.temperature}",
+                param="temperature",
+            )
         check_range("top_p", self.top_p, 0.0, 1.0)
         if self.top_p == 0.0:
             raise RequestError("top_p must be above 0, got 0.0", param="top_p")

@@ -44,8 +44,10 @@ class SelfDrafter:
         )
         drafts: list[tuple[int, ...]] = [() for _ in sequences]
         token_ids = torch.tensor([int(s.token_ids[0]) for s in sequences])
+        last = torch.tensor([s.num_computed_tokens + s.draft_length for s in sequences])
         for step in range(draft_length):
-            positions = attention.begin_step(step)
+            # A row whose own draft is done stays where its context still has positions.
+            positions = torch.minimum(attention.begin_step(step), last)
             logits = self._forward(token_ids, positions, attention)
             rows = [SamplerRow.after(s, d) for s, d in zip(sequences, drafts, strict=True)]
             chosen = self._sampler.sample(logits, rows)

@@ -1,6 +1,7 @@
 """The router's decision over a clock that the test moves."""
 
-from magicdec.admission import Admission, Assignment, ReplicaLoad
+from magicdec.admission import Admission, Assignment
+from magicdec.stats import EngineLoad
 
 
 class Clock:
@@ -10,8 +11,8 @@ class Clock:
         return self.now
 
 
-def load(free: int, *, waiting: int = 0, running: int = 0, total: int = 1000) -> ReplicaLoad:
-    return ReplicaLoad(running, waiting, free, total)
+def load(free: int, *, waiting: int = 0, running: int = 0, total: int = 1000) -> EngineLoad:
+    return EngineLoad(running, waiting, free, total)
 
 
 def make(max_queued_requests: int = 8) -> tuple[Admission, Clock]:

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from magicdec.detokenizer import Detokenizer
 from magicdec.model_loader import load_tokenizer
@@ -62,6 +64,19 @@ def test_a_character_cut_in_half_is_shown_as_unknown_at_the_end() -> None:
     assert isinstance(ids, list)
     assert detokenizer.append(ids[0], may_stop=True) == ""
     assert detokenizer.flush() == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_bytes_that_begin_no_character_do_not_end_the_stream() -> None:
+    """As SentencePiece models have them: tokenizers gives up on such bytes, the text goes on."""
+    vocab = {"<unk>": 0, "<0xFF>": 1, "<0x41>": 2, "\u2581word": 3}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    detokenizer = Detokenizer(PreTrainedTokenizerFast(tokenizer_object=backend), ())
+    text = "".join(detokenizer.append(i, may_stop=True) for i in (2, 1, 3, 1, 1, 2, 3))
+    assert (text + detokenizer.flush()).count("word") == 2
+    assert "\N{REPLACEMENT CHARACTER}" in text
 
 
 @pytest.mark.parametrize("may_stop", [True, False])

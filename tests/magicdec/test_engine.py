@@ -141,6 +141,7 @@ def test_a_request_that_cannot_be_served_is_refused_and_queues_nothing(
     [
         ("temperature", -0.1),
         ("temperature", float("nan")),
+        ("temperature", 1e-30),
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("top_k", -1),
@@ -189,7 +190,63 @@ def test_a_context_beyond_the_models_is_refused(
 def test_a_pool_smaller_than_the_context_bounds_it(
     tiny_model_dir: Path, make_engine: EngineFactory
 ) -> None:
-    assert make_engine(engine_config(tiny_model_dir, num_blocks=5)).max_model_len == 40
+    config = engine_config(tiny_model_dir, num_blocks=5)
+    assert make_engine(config).max_model_len == 40
+    with pytest.raises(ConfigError, match="KV pool of 40 tokens, got 41"):
+        make_engine(replace(config, model=replace(config.model, max_model_len=41)))
+
+
+def test_a_pool_without_a_block_is_refused(
+    tiny_model_dir: Path, make_engine: EngineFactory
+) -> None:
+    config = engine_config(tiny_model_dir)
+    with pytest.raises(ConfigError, match=r"kv_cache_bytes .* must be at least 6144, got 1000"):
+        make_engine(replace(config, cache=CacheConfig(block_size=8, kv_cache_bytes=1000)))
+
+
+def test_the_first_token_belongs_to_no_round(
+    tiny_model_dir: Path, make_engine: EngineFactory
+) -> None:
+    """A prompt of one row, and one whose last chunk is one row."""
+    engine = make_engine(engine_config(tiny_model_dir, max_batch_tokens=29, draft_length=2))
+    one = SamplingParams(temperature=0.0, max_tokens=1)
+    outputs = run(engine, [Request("a", PROMPT[:1], one), Request("b", PROMPT, one)])
+    assert [outputs[name][-1].usage.num_rounds for name in "ab"] == [0, 0]
+    assert engine.stats.num_prefill_tokens == 31
+
+
+def test_a_full_batch_of_drafts_still_admits_a_newcomer(
+    tiny_model_dir: Path, make_engine: EngineFactory
+) -> None:
+    config = engine_config(tiny_model_dir, draft_length=4, max_batch_tokens=15, max_num_seqs=4)
+    engine = make_engine(config)
+    long = replace(GREEDY, max_tokens=400)
+    for i in range(3):
+        engine.add(Request(str(i), PROMPT[:5], long))
+    while engine.load().num_waiting:
+        engine.step()
+    engine.add(Request("newcomer", PROMPT, replace(GREEDY, max_tokens=1)))
+    finished = [o.request_id for _ in range(20) for o in engine.step() if o.finish_reason]
+    assert finished == ["newcomer"]
+    for i in range(3):
+        engine.abort(str(i))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "longrope"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "longrope"}}}, "longrope"),
+    ],
+)
+def test_attention_that_depends_on_neighbours_or_on_an_unbuilt_mask_is_refused(
+    changes: dict[str, object], words: str, tiny_model_dir: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    vars(model.config).update(changes)
+    with pytest.raises(UnsupportedModel, match=words):
+        describe_model(model, "float32")
 
 
 class OwnAttention(torch.nn.Module):
