@@ -105,3 +105,26 @@ def test_a_full_queue_is_refused_with_a_time() -> None:
     refusal = admission.assign(1)
     assert refusal.replica_id is None
     assert refusal.retry_after_s is not None and refusal.retry_after_s > 0
+
+
+def test_requests_that_do_not_wait_are_not_queued() -> None:
+    admission, _ = make(max_queued_requests=2)
+    admission.report("a", load(1000))
+    assert [admission.assign(100).replica_id for _ in range(10)] == ["a"] * 10
+    assert [admission.assign(100).replica_id for _ in range(3)] == ["a", "a", None]
+
+
+def test_the_bound_refuses_nobody_who_has_room() -> None:
+    admission, _ = make(max_queued_requests=2)
+    admission.report("a", load(0, waiting=5))
+    admission.report("b", load(100))
+    assert admission.assign(100).replica_id == "b"
+    assert admission.assign(100).retry_after_s is not None
+
+
+def test_a_resumed_request_passes_a_full_queue() -> None:
+    admission, _ = make(max_queued_requests=2)
+    admission.report("a", load(0, waiting=2))
+    assert admission.assign(1).replica_id is None
+    assert admission.assign(1, resumed=True) == Assignment("a")
+    assert admission.assign(1, ["a"], resumed=True) == Assignment(None)
