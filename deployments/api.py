@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from magicdec.deployments.api_keys import ApiKeys
 from magicdec.deployments.errors import (
     ApiError,
+    body_too_large,
     from_request_error,
     from_validation_error,
     internal,
@@ -42,11 +43,7 @@ def build_api(service: Service, keys: ApiKeys, *, max_body_bytes: int) -> FastAP
     async def body_of(request: HttpRequest) -> bytes:
         if not keys.accepts(request.headers.get("authorization")):
             raise unauthorized()
-        raw = await request.body()
-        if len(raw) > max_body_bytes:
-            message = f"the body has {len(raw)} bytes, at most {max_body_bytes} are accepted"
-            raise ApiError(413, message, code="body_too_large")
-        return raw
+        return await _read_body(request, max_body_bytes)
 
     @api.post("/v1/completions")
     async def completions(request: HttpRequest) -> Response:
@@ -66,6 +63,19 @@ def build_api(service: Service, keys: ApiKeys, *, max_body_bytes: int) -> FastAP
         return await service.health()
 
     return api
+
+
+async def _read_body(request: HttpRequest, max_bytes: int) -> bytes:
+    """Raises ApiError (413): unread if the length is declared, else as soon as it is passed."""
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared[:20]) > max_bytes:  # int refuses 4,301 digits
+        raise body_too_large(max_bytes)
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > max_bytes:
+            raise body_too_large(max_bytes)
+    return bytes(body)
 
 
 def to_response(error: ApiError) -> JSONResponse:

@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator
 from typing import Any, cast
 
 from grpc.aio import AioRpcError  # type: ignore[import-untyped]
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
+from ray.exceptions import ActorDiedError, ActorUnavailableError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from magicdec.admission import Assignment
@@ -24,6 +25,8 @@ RETRY_PERIOD_S = 0.25
 # Over gRPC, Serve cannot tell a dead replica from an unreachable one: both count as deaths, since
 # the request may be what killed it. Until a replica accepts a call, Serve itself tries others.
 DEATHS = (ActorDiedError, ActorUnavailableError, EngineDied)
+# The call went away, the replica may live on.
+LOSSES = (AioRpcError, RayServeException, EngineUnavailable)
 
 Item = Admitted | RequestOutput
 Calls = DeploymentResponseGenerator[Any]
@@ -79,7 +82,7 @@ class Dispatcher:
                 raise ReplicaLost(admitted.replica_id, died=False)
         except DEATHS as error:
             raise ReplicaLost(admitted.replica_id, died=True) from error
-        except (AioRpcError, EngineUnavailable) as error:
+        except LOSSES as error:
             raise ReplicaLost(admitted.replica_id, died=False) from error
         finally:
             if not finished:
@@ -94,15 +97,17 @@ class Dispatcher:
         deadline = time.monotonic() + self._replica_wait_s
         refused_by: list[str] = []
         while (remaining := deadline - time.monotonic()) > 0:
-            target = await self._choose(journal.num_tokens(), (*journal.lost, *refused_by))
+            target = await self._choose(journal, refused_by)
             try:
                 async with self._routing, asyncio.timeout(remaining):
                     return await self._call(journal.next_request(), target)
             except TimeoutError:
                 break
             except DEATHS as error:
-                raise ReplicaLost(target, died=True) from error
-            except (AioRpcError, EngineUnavailable):
+                # Nobody said that the request arrived, nor where: nobody is blamed for its loss.
+                journal.avoid(target)
+                raise ReplicaLost(None, died=False) from error
+            except LOSSES:
                 refused_by.extend([target] if target else [])
                 await asyncio.sleep(RETRY_PERIOD_S)
         raise no_replica(self._replica_wait_s)
@@ -116,12 +121,15 @@ class Dispatcher:
             _cancel(calls)
             raise
 
-    async def _choose(self, num_tokens: int, exclude: tuple[str, ...]) -> str | None:
+    async def _choose(self, journal: Journal, refused_by: list[str]) -> str | None:
         """The Router's choice, or None to let Serve choose. Raises ApiError (429)."""
+        exclude = (*journal.lost, *refused_by)
         try:
             async with asyncio.timeout(ROUTER_TIMEOUT_S):
-                assignment: Assignment = await self._router.assign.remote(num_tokens, exclude)
-        except (RayError, TimeoutError) as error:
+                assignment: Assignment = await self._router.assign.remote(
+                    journal.num_tokens(), exclude, resumed=journal.resumes > 0
+                )
+        except Exception as error:  # RayError, AioRpcError, Serve's own: a request outlives any
             logger.warning("the router does not answer, Serve chooses the replica: %r", error)
             return None
         if assignment.retry_after_s is not None:
@@ -136,7 +144,7 @@ class Dispatcher:
         try:
             async with asyncio.timeout(ROUTER_TIMEOUT_S):
                 await self._router.mark_dead.remote(loss.replica_id)
-        except (RayError, TimeoutError) as error:
+        except Exception as error:  # as in _choose: the stream goes on without the Router
             logger.warning("the router did not hear of a lost replica: %r", error)
 
 

@@ -4,14 +4,12 @@ import os
 from dataclasses import dataclass, replace
 
 import ray
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from magicdec.config import EngineConfig, ParallelConfig
 from magicdec.deployments.embedded_model import resolve_model
 from magicdec.engine import Engine
 from magicdec.executor import Executor, LocalExecutor
-from magicdec.kernels.dispatch import select_backend
 from magicdec.model_loader import load_tokenizer, read_model_facts
 
 
@@ -22,7 +20,6 @@ class BuiltEngine:
     engine: Engine
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int
-    attention_backend: str
 
 
 def build_engine(config: EngineConfig) -> BuiltEngine:
@@ -36,8 +33,7 @@ def build_engine(config: EngineConfig) -> BuiltEngine:
     facts = read_model_facts(path)
     tokenizer = load_tokenizer(path)
     engine = Engine(resolved, _build_executor(resolved), tokenizer, facts)
-    backend = _attention_backend(config.model.dtype)
-    return BuiltEngine(engine, tokenizer, facts.vocab_size, backend)
+    return BuiltEngine(engine, tokenizer, facts.vocab_size)
 
 
 def _build_executor(config: EngineConfig) -> Executor:
@@ -55,10 +51,3 @@ def _with_threads(parallel: ParallelConfig) -> ParallelConfig:
         return parallel
     cores = len(os.sched_getaffinity(0))
     return replace(parallel, num_threads=max(1, cores // parallel.tensor_parallel_size))
-
-
-def _attention_backend(dtype_name: str) -> str:
-    """The kernels that a rank with these devices chooses."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype: torch.dtype = getattr(torch, dtype_name)
-    return select_backend(device, dtype).name

@@ -115,6 +115,22 @@ def replica_died_twice() -> ApiError:
     )
 
 
+def replica_unavailable() -> ApiError:
+    """Retryable: no replica died of the request, they only went away under it."""
+    return ApiError(
+        503,
+        "The replicas that served this request became unreachable; retry later.",
+        kind="server_error",
+        code="replica_unavailable",
+        headers={"Retry-After": "5"},
+    )
+
+
+def body_too_large(max_bytes: int) -> ApiError:
+    message = f"the body is too large: at most {max_bytes} bytes are accepted"
+    return ApiError(413, message, code="body_too_large")
+
+
 def no_replica(waited_s: float) -> ApiError:
     return ApiError(
         503,

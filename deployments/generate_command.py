@@ -48,7 +48,7 @@ class Generation:
             f"{usage.prompt_tokens} prompt tokens in {self._prefill_seconds:.1f} s, "
             f"{usage.completion_tokens} tokens at {rate:.1f} tokens/s, "
             f"{usage.num_rounds} rounds, mean acceptance length "
-            f"{usage.mean_acceptance_length:.2f}, attention {self._built.attention_backend}"
+            f"{usage.mean_acceptance_length:.2f}, attention {self._built.engine.attention_backend}"
         )
 
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
 
 from magicdec.deployments.api import build_api
@@ -92,7 +91,8 @@ class Ingress:
         try:
             async with asyncio.timeout(ROUTER_TIMEOUT_S):
                 live: list[str] = await self._router.live_replicas.remote()
-        except (RayError, TimeoutError):
+        except Exception as error:  # Serve raises of many kinds; none says that replicas are down
+            logger.warning("the router does not answer: %r", error)
             return JSONResponse({"status": "ok", "router": "unavailable"})
         if not live:
             return JSONResponse({"status": "starting", "replicas": 0}, 503)
@@ -134,7 +134,8 @@ class Ingress:
             try:
                 async with asyncio.timeout(wait_s):
                     replica: ReplicaDescription = await self._replicas.describe.remote()
-            except (RayError, TimeoutError) as error:
+            except Exception as error:  # whatever it is, no replica has answered yet
+                logger.warning("no replica describes itself: %r", error)
                 raise no_replica(wait_s) from error
             self._builder = PromptBuilder(
                 self._tokenizer,

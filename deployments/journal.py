@@ -6,7 +6,7 @@ tokens a function of them, so a resumed stream equals the undisturbed one.
 
 from dataclasses import dataclass, field, replace
 
-from magicdec.deployments.errors import replica_died_twice
+from magicdec.deployments.errors import replica_died_twice, replica_unavailable
 from magicdec.deployments.responses import add_usages
 from magicdec.types import Request, RequestOutput, Usage
 
@@ -30,7 +30,8 @@ class Journal:
     """One request and what the client already has of it.
 
     `earlier` holds the rounds and drafts of replicas that are gone; token counts are not in it,
-    since the emitted tokens count as output on the next replica.
+    since the emitted tokens count as output on the next replica. `lost` names the replicas that
+    are not to be asked again.
     """
 
     request: Request
@@ -39,16 +40,30 @@ class Journal:
     earlier: Usage = _NOTHING
     deaths: int = 0
     resumes: int = 0
+    attempts: int = 0
     lost: tuple[str, ...] = ()
 
     def add(self, output: RequestOutput) -> RequestOutput:
-        """Writes the output down and gives it the usage of the whole request."""
+        """Writes the output down; gives it the client's id and the usage of the whole request."""
         self.emitted.extend(output.token_ids)
         self.last = output.usage
-        return replace(output, usage=add_usages([output.usage, self.earlier]))
+        usage = add_usages([output.usage, self.earlier])
+        return replace(output, request_id=self.request.request_id, usage=usage)
 
     def next_request(self) -> Request:
-        return replace(self.request, emitted_token_ids=tuple(self.emitted))
+        """What the next replica is sent.
+
+        Under an id of its own: an attempt that was given up may still be live where this one lands.
+        """
+        self.attempts += 1
+        request_id = f"{self.request.request_id}#{self.attempts}"
+        emitted = tuple(self.emitted)
+        return replace(self.request, request_id=request_id, emitted_token_ids=emitted)
+
+    def avoid(self, replica_id: str | None) -> None:
+        """Leaves a replica out of this request's next choices, without blame."""
+        if replica_id is not None:
+            self.lost += (replica_id,)
 
     def num_tokens(self) -> int:
         """The most KV that the request can hold, in tokens."""
@@ -56,12 +71,13 @@ class Journal:
 
     def replica_lost(self, loss: ReplicaLost) -> None:
         """Raises ApiError when the request has to end here."""
-        if loss.replica_id is not None:
-            self.lost += (loss.replica_id,)
+        self.avoid(loss.replica_id)
         self.deaths += loss.died
         self.resumes += 1
         rounds = replace(self.last, prompt_tokens=0, completion_tokens=0, cached_tokens=0)
         self.earlier = add_usages([self.earlier, rounds])
         self.last = _NOTHING
-        if self.deaths >= MAX_DEATHS or self.resumes > MAX_RESUMES:
+        if self.deaths >= MAX_DEATHS:
             raise replica_died_twice()
+        if self.resumes > MAX_RESUMES:
+            raise replica_unavailable()

@@ -7,11 +7,20 @@ import socket
 from magicdec.deployments.settings import ServerSettings, SettingsError
 
 # Calls between Serve's processes by gRPC instead of Ray's object store: an item of a stream costs
-# half the CPU in each process that it passes. Must be set before Ray is imported and started.
+# half the CPU in each process that it passes. The workers inherit these, and must not draw progress
+# bars into their logs. Must be set before Ray is imported and started.
 ENVIRONMENT = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    # Serve's controller looks ten times a second by default: 5 % of a core, on a laptop the
+    # engine's. Replicas are still watched by their own health checks.
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "1.0",
+    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
 }
+
+# Tells at every start that Ray's token authentication is on, which is what we want.
+AUTHENTICATION_LOGGER = "ray._private.authentication.authentication_token_setup"
 
 # Logical CPUs only admit actors; on a laptop their number must never be what stops a start.
 LOGICAL_CPUS = 64
@@ -30,6 +39,9 @@ def start_local_ray(server: ServerSettings, *, show_worker_logs: bool) -> None:
     from ray import serve
     from ray.serve.config import HTTPOptions
 
+    if not show_worker_logs:
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        logging.getLogger(AUTHENTICATION_LOGGER).setLevel(logging.ERROR)
     ray.init(
         address="local",
         include_dashboard=False,
@@ -37,8 +49,6 @@ def start_local_ray(server: ServerSettings, *, show_worker_logs: bool) -> None:
         log_to_driver=show_worker_logs,
         logging_level=logging.WARNING,
     )
-    if not show_worker_logs:
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)
     http = HTTPOptions(host=server.host, port=server.port)
     serve.start(proxy_location=PROXY_HEAD_ONLY, http_options=http)
 

@@ -9,12 +9,15 @@ return_token_ids.
 import secrets
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
-from magicdec.types import MAX_SEED, RequestError, SamplingParams
+from magicdec.deployments.prompt_shape import Prompt, check_prompt
+from magicdec.types import MAX_SEED, RequestError, SamplingParams, check_range
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
+MAX_LOGIT_BIASES = 300
+MAX_TOKEN_ID_DIGITS = 10  # more than any vocabulary needs
 
 
 def _refuse_unless(*allowed: object) -> BeforeValidator:
@@ -111,7 +114,7 @@ class GenerationBody(Body):
         }
         return SamplingParams(
             max_tokens=max_tokens,
-            seed=secrets.randbits(64) if self.seed is None else self.seed & MAX_SEED,
+            seed=secrets.randbits(64) if self.seed is None else parse_seed(self.seed),
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             logit_bias=parse_logit_bias(self.logit_bias),
@@ -123,12 +126,7 @@ class GenerationBody(Body):
 
 
 class CompletionRequest(GenerationBody):
-    prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1)]
-        | Annotated[list[int], Field(min_length=1)]
-        | Annotated[list[list[int]], Field(min_length=1)]
-    )
+    prompt: Annotated[Prompt, PlainValidator(check_prompt)]
 
     best_of: OnlyOne = None
     echo: OnlyFalse = None
@@ -197,12 +195,26 @@ class ChatCompletionRequest(GenerationBody):
         return self.max_tokens
 
 
+def parse_seed(seed: int) -> int:
+    """Signed 64-bit seeds, as OpenAI takes them, are read as unsigned. Raises RequestError."""
+    check_range("seed", seed, -(2**63), MAX_SEED)
+    return seed & MAX_SEED
+
+
 def parse_logit_bias(bias: dict[str, float] | None) -> tuple[tuple[int, float], ...]:
     """{"token id": bias}, as JSON writes integer keys. Raises RequestError."""
-    pairs: list[tuple[int, float]] = []
-    for key, value in (bias or {}).items():
-        if not key.isdecimal():
-            message = f"logit_bias keys must be token ids, got {key!r}"
+    bias = bias or {}
+    if len(bias) > MAX_LOGIT_BIASES:
+        message = f"logit_bias takes at most {MAX_LOGIT_BIASES} entries, got {len(bias)}"
+        raise RequestError(message, param="logit_bias")
+    pairs: dict[int, float] = {}
+    for key, value in bias.items():
+        if not key.isdecimal() or len(key) > MAX_TOKEN_ID_DIGITS:
+            message = f"logit_bias keys must be token ids, got {key[:20]!r}"
             raise RequestError(message, param="logit_bias")
-        pairs.append((int(key), value))
-    return tuple(pairs)
+        token_id = int(key)
+        if token_id in pairs:  # "5" and "05"
+            message = f"logit_bias names token id {token_id} twice"
+            raise RequestError(message, param="logit_bias")
+        pairs[token_id] = value
+    return tuple(pairs.items())

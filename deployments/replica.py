@@ -4,20 +4,22 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray import serve
-from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
 
-from magicdec.admission import ReplicaLoad
 from magicdec.config import EngineConfig
 from magicdec.deployments.replica_api import Admitted, EngineUnavailable, ReplicaDescription
 from magicdec.types import Request, RequestOutput
 
+if TYPE_CHECKING:  # imports torch, which only a running replica needs
+    from magicdec.deployments.engine_loop import EngineLoop
+
 logger = logging.getLogger(__name__)
 
 REPORT_PERIOD_S = 0.5
+REPORT_TIMEOUT_S = 2.0
 EXIT_GRACE_S = 0.5  # for the notices of a fatal error to leave the process
 
 
@@ -38,7 +40,8 @@ class EngineReplica:
         self._engine_loop = EngineLoop(built.engine, self._on_fatal)
         self._built = built
         self._num_ranks = config.parallel.tensor_parallel_size
-        self._background = {asyncio.create_task(self._report_for_ever(router))}
+        reports = report_for_ever(router, self._replica_id, self._engine_loop)
+        self._background = {asyncio.create_task(reports)}
 
     async def generate(
         self, request: Request, target: str | None = None
@@ -59,11 +62,11 @@ class EngineReplica:
             await stream.aclose()
 
     async def describe(self) -> ReplicaDescription:
-        load = self._load()
+        load = self._engine_loop.load()
         return ReplicaDescription(
             replica_id=self._replica_id,
             pid=os.getpid(),
-            attention_backend=self._built.attention_backend,
+            attention_backend=self._built.engine.attention_backend,
             num_ranks=self._num_ranks,
             kv_capacity_tokens=load.total_kv_tokens,
             max_model_len=self._built.engine.max_model_len,
@@ -80,23 +83,6 @@ class EngineReplica:
         """Serve's hook at the end of a drain."""
         self._engine_loop.stop()
 
-    def _load(self) -> ReplicaLoad:
-        load = self._engine_loop.load()
-        return ReplicaLoad(
-            num_running=load.num_running,
-            num_waiting=load.num_waiting,
-            free_kv_tokens=load.free_kv_tokens,
-            total_kv_tokens=load.total_kv_tokens,
-        )
-
-    async def _report_for_ever(self, router: DeploymentHandle[Any]) -> None:
-        while self._engine_loop.is_alive:
-            try:
-                await router.report.remote(self._replica_id, self._load())
-            except RayError as error:
-                logger.warning("the router did not take a load report: %r", error)
-            await asyncio.sleep(REPORT_PERIOD_S)
-
     def _on_fatal(self, error: BaseException) -> None:
         logger.critical("fatal engine error, this replica exits: %r", error)
         self._background.add(asyncio.create_task(self._exit_soon()))
@@ -105,3 +91,16 @@ class EngineReplica:
         """A fresh process is the only safe state; the pause lets every stream's error leave."""
         await asyncio.sleep(EXIT_GRACE_S)
         os._exit(1)
+
+
+async def report_for_ever(
+    router: DeploymentHandle[Any], replica_id: str, engine_loop: "EngineLoop"
+) -> None:
+    """Ends with the engine, and not before: a replica that is not heard of gets no requests."""
+    while engine_loop.is_alive:
+        try:
+            async with asyncio.timeout(REPORT_TIMEOUT_S):
+                await router.report.remote(replica_id, engine_loop.load())
+        except Exception as error:  # RayError, AioRpcError, Serve's own: the next may get through
+            logger.warning("the router did not take a load report: %r", error)
+        await asyncio.sleep(REPORT_PERIOD_S)

@@ -5,7 +5,7 @@ Light on purpose: the ingress, the router and the command line import it without
 
 from dataclasses import dataclass
 
-from magicdec.admission import ReplicaLoad
+from magicdec.stats import EngineLoad
 
 
 class EngineDied(RuntimeError):
@@ -13,7 +13,7 @@ class EngineDied(RuntimeError):
 
 
 class EngineUnavailable(RuntimeError):
-    """The engine had already failed or stopped: this request never reached it."""
+    """The engine has stopped, or had failed before this request reached it: no death, resume it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,4 +34,4 @@ class ReplicaDescription:
     kv_capacity_tokens: int
     max_model_len: int  # tokens, prompt and output
     vocab_size: int
-    load: ReplicaLoad
+    load: EngineLoad

@@ -7,7 +7,8 @@ choose, and a new Router knows every replica again after one report period.
 import logging
 import time
 
-from magicdec.admission import Admission, Assignment, ReplicaLoad
+from magicdec.admission import Admission, Assignment
+from magicdec.stats import EngineLoad
 
 logger = logging.getLogger(__name__)
 
@@ -18,16 +19,18 @@ class Router:
     def __init__(self, max_queued_requests: int) -> None:
         self._admission = Admission(time.monotonic, max_queued_requests=max_queued_requests)
 
-    async def report(self, replica_id: str, load: ReplicaLoad) -> None:
+    async def report(self, replica_id: str, load: EngineLoad) -> None:
         self._admission.report(replica_id, load)
 
     async def mark_dead(self, replica_id: str) -> None:
         logger.warning("replica %s was reported dead", replica_id)
         self._admission.mark_dead(replica_id)
 
-    async def assign(self, num_tokens: int, exclude: tuple[str, ...]) -> Assignment:
+    async def assign(
+        self, num_tokens: int, exclude: tuple[str, ...], *, resumed: bool = False
+    ) -> Assignment:
         """`num_tokens`: prompt and output together, the most KV that the request can hold."""
-        return self._admission.assign(num_tokens, exclude)
+        return self._admission.assign(num_tokens, exclude, resumed=resumed)
 
     async def live_replicas(self) -> list[str]:
         return self._admission.live_replicas()

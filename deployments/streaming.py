@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +50,7 @@ class Choices:
         await self.next(timeout_s)
 
     async def next(self, timeout_s: float | None) -> tuple[int, RequestOutput] | None:
-        """The next output; None for a mere sign of life or `timeout_s` of silence.
+        """The next output; None for a mere sign of life or `timeout_s` without an event.
 
         Raises ApiError as soon as one choice fails: the response ends there.
         """
@@ -107,20 +108,25 @@ async def stream_events(
 ) -> AsyncIterator[bytes]:
     """Server-sent events: one write a verify round and choice, then [DONE].
 
-    A failure becomes an error event, since the status line is long gone. Closing the iterator
-    (the client left) cancels every choice.
+    Rounds may pass without text (what may become a stop string is held back), so keep-alive
+    comments go by the time of the last write. A failure becomes an error event, since the status
+    line is long gone. Closing the iterator (the client left) cancels every choice.
     """
     started: set[int] = set()
+    last_write = time.monotonic()
     try:
         while not choices.all_finished:
-            event = await choices.next(keep_alive_s)
-            if event is None:
-                yield KEEP_ALIVE
-                continue
-            index, output = event
-            if output.text or output.finish_reason or response.with_token_ids:
+            due = last_write + keep_alive_s
+            event = await choices.next(max(0.0, due - time.monotonic()))
+            if event is not None and _is_written(event[1], response):
+                index, output = event
                 yield encode(response.chunk(index, output, first=index not in started))
                 started.add(index)
+            elif time.monotonic() >= due:
+                yield KEEP_ALIVE
+            else:
+                continue
+            last_write = time.monotonic()
         if with_usage:
             yield encode(response.usage_chunk(choices.usages))
     except ApiError as error:
@@ -128,6 +134,10 @@ async def stream_events(
     finally:
         await choices.close()
     yield DONE
+
+
+def _is_written(output: RequestOutput, response: ResponseFormat) -> bool:
+    return bool(output.text or output.finish_reason or response.with_token_ids)
 
 
 def encode(body: dict[str, Any]) -> bytes:

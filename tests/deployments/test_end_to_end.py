@@ -1,13 +1,14 @@
 """What a newcomer does: the command, the embedded model, a long prompt, Ctrl-C. Minutes of work."""
 
 import inspect
+import os
 import signal
 import subprocess
 import sys
 import time
 import turtle
 from collections.abc import Iterator
-from typing import IO
+from pathlib import Path
 
 import httpx
 import psutil
@@ -27,15 +28,23 @@ PROMPT_TOKENS = 7000
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All that the server prints."""
+    return tmp_path_factory.mktemp("serve") / "log.txt"
+
+
+@pytest.fixture(scope="module")
+def server(log: Path) -> Iterator[subprocess.Popen[str]]:
     resolve_model(EMBEDDED_MODEL_NAME)  # its conversion is not what is timed
-    log: IO[str] = (tmp_path_factory.mktemp("serve") / "log.txt").open("w+")
-    process = subprocess.Popen(COMMAND, stdout=log, stderr=subprocess.STDOUT, text=True)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            COMMAND, stdout=output, stderr=subprocess.STDOUT, text=True, env=environment
+        )
     started = time.monotonic()
-    while not _healthy():
-        log.seek(0)
-        assert process.poll() is None, log.read()
-        assert time.monotonic() - started < START_LIMIT_S, log.read()
+    while not (_healthy() and "Ready." in log.read_text()):
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() - started < START_LIMIT_S, log.read_text()
         time.sleep(0.2)
     yield process
     if process.poll() is None:
@@ -73,6 +82,11 @@ def test_a_long_prompt_is_answered(server: subprocess.Popen[str]) -> None:
     assert usage is not None and usage.prompt_tokens > 6500
     text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
     assert len(text.split()) >= 5, text
+
+
+def test_the_start_is_quiet(server: subprocess.Popen[str], log: Path) -> None:
+    text = log.read_text()
+    assert "RAY_AUTH_MODE" not in text and "Loading weights" not in text
 
 
 def test_the_port_is_taken(server: subprocess.Popen[str]) -> None:

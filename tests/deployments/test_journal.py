@@ -22,6 +22,15 @@ def test_the_next_replica_gets_what_was_emitted() -> None:
     assert journal.next_request().prompt_token_ids == (1, 2, 3)
 
 
+def test_attempts_have_ids_of_their_own_and_the_client_sees_its_own() -> None:
+    journal = Journal(REQUEST)
+    ids = {journal.next_request().request_id for _ in range(3)}
+    assert len(ids) == 3 and all(name.startswith("r") for name in ids)
+    sent = journal.next_request()
+    answered = RequestOutput(sent.request_id, (7,), "", Usage(3, 1))
+    assert journal.add(answered).request_id == "r"
+
+
 def test_rounds_add_up_and_tokens_are_counted_once() -> None:
     journal = Journal(REQUEST)
     first = {"num_rounds": 2, "num_draft_tokens": 8, "num_accepted_tokens": 5}
@@ -46,8 +55,11 @@ def test_at_most_two_resumes() -> None:
     journal = Journal(REQUEST)
     for _ in range(2):
         journal.replica_lost(ReplicaLost("a", died=False))
-    with pytest.raises(ApiError):
+    with pytest.raises(ApiError) as caught:
         journal.replica_lost(ReplicaLost("a", died=False))
+    assert (caught.value.status, caught.value.code) == (503, "replica_unavailable")
+    assert "x-should-retry" not in caught.value.headers
+    assert "died" not in caught.value.message
 
 
 def test_the_last_output_keeps_its_finish_reason() -> None:
