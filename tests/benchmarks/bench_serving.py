@@ -1,8 +1,9 @@
 """What the served application costs over the bare engine: start-up, memory, and time a round.
 
-python -m tests.benchmarks.bench_serving --batch 8 --context 500
+python -m tests.benchmarks.bench_serving                  start-up and memory, the embedded model
+python -m tests.benchmarks.bench_serving --model random   time a round, small enough to see it
 
-Starts `magicdec serve` with the embedded model and times it to the first 200. Then the same prompts
+Starts `magicdec serve` and times it to the first answer. Then the same prompts
 decode at the same batch on a bare engine in this process and through HTTP, interleaved; the server
 idles while the bare engine runs. A round is one verify pass of the whole batch. With fewer threads
 than cores the difference is the Ray layer's own latency; with all of them it is also the CPU time
@@ -15,6 +16,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -23,6 +25,7 @@ from contextlib import contextmanager
 import httpx
 import psutil
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from magicdec.batch import Plan
 from magicdec.config import CacheConfig, EngineConfig, ModelConfig
@@ -34,17 +37,19 @@ from magicdec.types import Request, SamplingParams
 from tests.benchmarks.bench_decode import read_text, spread
 
 PORT = 8179
+MODEL_NAME = "benched"
 GIB = 1 << 30
 
 
 def main() -> None:
     args = parse_arguments()
-    path = resolve_model(EMBEDDED_MODEL_NAME)
+    folder = tempfile.TemporaryDirectory()
+    path = save_random_model(folder.name) if args.model == "random" else resolve_model(args.model)
     tokenizer = load_tokenizer(path)
     ids = tokenizer(read_text(None))["input_ids"]
     prompts = [ids[i * args.context : (i + 1) * args.context] for i in range(args.batch)]
     config = EngineConfig(ModelConfig(path), CacheConfig(kv_cache_bytes=args.kv_cache_gib * GIB))
-    with served(args) as server:
+    with folder, served(args, path) as server:
         report_memory(server, config)
         engine = Engine(config, LocalExecutor(config), tokenizer, read_model_facts(path))
         torch.set_num_threads(args.threads)
@@ -54,6 +59,7 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=EMBEDDED_MODEL_NAME, help="or 'random': 4 small layers")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--context", type=int, default=100)
     parser.add_argument("--tokens", type=int, default=64, help="generated, a sequence")
@@ -64,10 +70,28 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def save_random_model(folder: str) -> str:
+    """A Llama of 4 layers with the embedded model's tokenizer: a round of a few milliseconds."""
+    tokenizer = load_tokenizer(resolve_model(EMBEDDED_MODEL_NAME))
+    tokenizer.save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=8192,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
 @contextmanager
-def served(args: argparse.Namespace) -> Iterator[psutil.Process]:
+def served(args: argparse.Namespace, path: str) -> Iterator[psutil.Process]:
     """`magicdec serve`, from the command to the first 200 of /health and of an answer."""
     command = [sys.executable, "-m", "magicdec.deployments.cli", "serve", "--port", str(PORT)]
+    command += ["--model", path, "--served-name", MODEL_NAME]
     command += ["--draft-length", str(args.draft_length)]
     command += ["--kv-cache-gib", str(args.kv_cache_gib), "--num-threads", str(args.threads)]
     started = time.perf_counter()
@@ -159,7 +183,7 @@ def complete(
 ) -> None:
     """One streamed completion; notes when each event that carries tokens arrived."""
     body = {
-        "model": EMBEDDED_MODEL_NAME,
+        "model": MODEL_NAME,
         "prompt": prompts,
         "max_tokens": num_tokens,
         "temperature": 0,
