@@ -91,9 +91,10 @@ def prefill(engine: Engine, num_tokens: int) -> None:
 
 def measure(engine: Engine, plans: dict[str, Plan], args: argparse.Namespace) -> None:
     rates: dict[str, list[float]] = {name: [] for name in plans}
+    answers: dict[str, list[int]] = {}
     for pair in range(args.rounds + 1):
         for name, plan in plans.items():
-            rate, line = segment(engine, plan, args.segment * args.batch)
+            rate, line = segment(engine, plan, args.segment * args.batch, answers)
             if pair > 0:  # the first pair warms up
                 rates[name].append(rate)
             print(f"  {'warm-up' if pair == 0 else f'pair {pair}':8} {name:12} {line}")
@@ -101,16 +102,21 @@ def measure(engine: Engine, plans: dict[str, Plan], args: argparse.Namespace) ->
     for name, values in rates.items():
         print(f"{name:12} median {statistics.median(values):6.1f} tokens/s {spread(values)}")
     print(f"{'ratio':12} median {statistics.median(ratios):6.2f} {spread(ratios)}")
+    print(f"distinct 4-grams of the text: {distinct_4grams(answers):.0%} (a loop drafts itself)")
 
 
-def segment(engine: Engine, plan: Plan, num_tokens: int) -> tuple[float, str]:
+def segment(
+    engine: Engine, plan: Plan, num_tokens: int, answers: dict[str, list[int]]
+) -> tuple[float, str]:
     """Decodes at least num_tokens tokens under one plan; returns tokens/s and a line about it."""
     engine.plan = plan
     before = EngineStats(**{f: getattr(engine.stats, f) for f in EngineStats.__slots__})
     stats = engine.stats
     emitted = 0
     while emitted < num_tokens:
-        emitted += sum(len(output.token_ids) for output in engine.step())
+        for output in engine.step():
+            emitted += len(output.token_ids)
+            answers.setdefault(output.request_id, []).extend(output.token_ids)
     rounds = stats.num_rounds - before.num_rounds
     draft = stats.draft_seconds - before.draft_seconds
     verify = stats.verify_seconds - before.verify_seconds
@@ -124,6 +130,11 @@ def segment(engine: Engine, plan: Plan, num_tokens: int) -> tuple[float, str]:
         f"{steps}{name} {verify / rounds * 1e3:6.1f} ms"
     )
     return emitted / (draft + verify), line
+
+
+def distinct_4grams(answers: dict[str, list[int]]) -> float:
+    grams = [tuple(a[i : i + 4]) for a in answers.values() for i in range(len(a) - 3)]
+    return len(set(grams)) / len(grams)
 
 
 def spread(values: list[float]) -> str:
