@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import ray
 import torch
@@ -27,6 +26,7 @@ from magicdec.types import SamplingParams
 from tests.cluster.shard_models import REFUSED, SHARDABLE
 from tests.conftest import EngineFactory, engine_config, save_model
 from tests.generation import generate_reference, random_prompts, requests_of, run, token_ids
+from tests.processes import live_ranks
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=20)
 SAMPLED = SamplingParams(temperature=0.8, top_p=0.9, seed=7, max_tokens=20)
@@ -155,7 +155,7 @@ def test_a_failing_step_says_which_rank_and_why_and_ends_the_executor(
 def test_a_killed_rank_ends_the_step_within_two_seconds(
     multi_query: EngineConfig, multi_query_executor: ShardedExecutor
 ) -> None:
-    victims = rank_processes()
+    victims = live_ranks()
     killed_at: list[float] = []
 
     def kill() -> None:
@@ -174,9 +174,9 @@ def test_a_killed_rank_ends_the_step_within_two_seconds(
     with pytest.raises(ExecutorError):
         multi_query_executor.execute(batch_of(np.array([1])))
     deadline = time.monotonic() + 10
-    while rank_processes() and time.monotonic() < deadline:
+    while live_ranks() and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not rank_processes()
+    assert not live_ranks()
 
 
 def test_a_model_that_cannot_be_split_is_refused_at_start(
@@ -198,10 +198,3 @@ def batch_of(token_ids: NDArray[np.int64]) -> Batch:
         history=None,
     )
     return Batch((sequence,), draft_budget=24)
-
-
-def rank_processes() -> list[psutil.Process]:
-    """The live ranks of this test's own Ray session."""
-    family = psutil.Process().children(recursive=True)
-    alive = [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
-    return [p for p in alive if "ShardWorker" in " ".join(p.cmdline())]

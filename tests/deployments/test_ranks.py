@@ -3,11 +3,11 @@
 import os
 import signal
 
-import psutil
 import pytest
 
 from tests.deployments.conftest import AppFactory
 from tests.deployments.test_failover import Stream
+from tests.processes import live_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -19,11 +19,7 @@ def test_stream_survives_a_rank(run_app: AppFactory) -> None:
     stream = Stream(app).read(at_least=40)
     replica = app.replicas()[0]
     # Ray's processes are children of the test's own.
-    ranks = [
-        p
-        for p in psutil.Process().children(recursive=True)
-        if "ShardWorker" in " ".join(p.cmdline())
-    ]
+    ranks = live_ranks()
     assert len(ranks) == 2
     os.kill(ranks[0].pid, signal.SIGKILL)
     stream.read()
