@@ -5,6 +5,7 @@ DTYPE ?= bfloat16
 MODEL ?= smollm2-135m-instruct
 SERVE_ARGS ?=
 PYTEST_ARGS ?=
+BENCH ?= decode serving
 BENCH_ARGS ?=
 
 VENV := .venv
@@ -78,9 +79,9 @@ format: install ## Reformat the code and sort its imports
 	@$(RUN) ruff check --fix .
 	@$(RUN) ruff format .
 
-bench: install ## Run tests/benchmarks; BENCH_ARGS goes to each script
-	@for script in tests/benchmarks/bench_*.py; do echo "bench: $$script"; \
-		$(RUN) tests.benchmarks.$$(basename $$script .py) $(BENCH_ARGS) || exit 1; done
+bench: install ## Measure; BENCH=decode BENCH_ARGS="--text long.txt" for one script
+	@for name in $(BENCH); do echo "bench: $$name"; \
+		$(RUN) tests.benchmarks.bench_$$name $(BENCH_ARGS) || exit 1; done
 
 clean: ## Remove caches and build outputs, not .venv
 	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

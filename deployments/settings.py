@@ -47,7 +47,8 @@ class ModelSettings(Section):
     )
     dtype: str = Field(
         default=_MODEL.dtype,
-        description="float32 (exact), bfloat16 or float16, of weights, activations and KV cache.",
+        description="float32 (exact), bfloat16 or float16, of the KV cache and, where the CPU or "
+        "GPU has its arithmetic, of the model.",
     )
     max_model_len: int | None = Field(
         default=_MODEL.max_model_len,
