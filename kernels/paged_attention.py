@@ -57,7 +57,8 @@ def _full(
     group_size = rows.shape[0] // num_kv_heads
     context_len = layout.context_lens[sequence]
     folded = rows.reshape(num_kv_heads, 1, group_size * query_len, -1)
-    outputs, lses, tail = [], [], []
+    parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+    tail: list[torch.Tensor] = []
     # With one row the causal tail is the row itself: every key is prefix.
     prefix_len = context_len + (1 if query_len == 1 else 0)
     for start, length in layout.runs(sequence, prefix_len):
@@ -71,9 +72,7 @@ def _full(
         shape = (num_kv_heads, splits, size, k_cache.shape[2])
         k = k_cache[:, start : start + splits * size].view(shape)
         v = v_cache[:, start : start + splits * size].view(shape)
-        out, lse = _flash(folded.expand(-1, splits, -1, -1), k, v, None, scaling)
-        outputs.append(out)
-        lses.append(lse)
+        parts.append(_flash(folded.expand(-1, splits, -1, -1), k, v, None, scaling))
         tail.append(torch.arange(start + splits * size, start + length))
     if prefix_len == context_len:
         own = layout.slots(sequence, context_len, context_len + query_len)
@@ -82,10 +81,8 @@ def _full(
     if len(slots) > 0:
         mask = layout.causal_mask(query_len, len(slots), 0, group_size, rows)
         k, v = k_cache.index_select(1, slots)[:, None], v_cache.index_select(1, slots)[:, None]
-        out, lse = _flash(folded, k, v, mask if query_len > 1 else None, scaling)
-        outputs.append(out)
-        lses.append(lse)
-    return _merge(outputs, lses).reshape(rows.shape)
+        parts.append(_flash(folded, k, v, mask if query_len > 1 else None, scaling))
+    return _merge(parts).reshape(rows.shape)
 
 
 def _windowed(
@@ -124,10 +121,10 @@ def _flash(
     return out, lse
 
 
-def _merge(outputs: list[torch.Tensor], lses: list[torch.Tensor]) -> torch.Tensor:
+def _merge(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
     """Weighs partial outputs by their share of the softmax mass, fp32."""
-    if len(outputs) == 1 and outputs[0].shape[1] == 1:
-        return outputs[0]
-    weights = torch.softmax(torch.cat(lses, dim=1), dim=1).unsqueeze(-1)
-    out = torch.cat(outputs, dim=1)
+    out = torch.cat([part for part, _ in parts], dim=1)
+    if out.shape[1] == 1:
+        return out
+    weights = torch.softmax(torch.cat([lse for _, lse in parts], dim=1), dim=1).unsqueeze(-1)
     return (out * weights).sum(dim=1).to(out.dtype)
