@@ -18,8 +18,9 @@ from magicdec.batch import Batch, Plan, ScheduledSequence
 from magicdec.cluster.executor import ShardedExecutor
 from magicdec.cluster.placement import replica_bundles
 from magicdec.config import CacheConfig, EngineConfig, ParallelConfig
+from magicdec.deployments.embedded_model import EMBEDDED_MODEL_NAME, resolve_model
 from magicdec.engine import Engine
-from magicdec.executor import ExecutorError
+from magicdec.executor import Executor, ExecutorError, LocalExecutor
 from magicdec.kv_cache import num_affordable_blocks
 from magicdec.model_loader import load_tokenizer, read_model_facts
 from magicdec.types import SamplingParams
@@ -94,7 +95,7 @@ def multi_query_executor(
     return start(multi_query)
 
 
-def engine_on(executor: ShardedExecutor, config: EngineConfig, draft_length: int) -> Engine:
+def engine_on(executor: Executor, config: EngineConfig, draft_length: int) -> Engine:
     path = config.model.path
     engine = Engine(config, executor, load_tokenizer(path), read_model_facts(path))
     engine.plan = Plan(draft_length, config.speculation.draft_budget)
@@ -185,6 +186,22 @@ def test_a_model_that_cannot_be_split_is_refused_at_start(
     folder = save_model(tmp_path / "phi3", REFUSED["phi3"][0]())
     with pytest.raises(UnsupportedModel, match=r"qkv_proj: .*tensor_parallel_size 1"):
         start(sharded_config(folder))
+
+
+@pytest.mark.slow
+def test_the_embedded_model_on_two_ranks_gives_one_ranks_tokens(
+    start: Callable[[EngineConfig], ShardedExecutor],
+) -> None:
+    config = sharded_config(Path(resolve_model(EMBEDDED_MODEL_NAME)))
+    cache = CacheConfig(block_size=64, num_blocks=40)
+    config = replace(config, cache=cache)
+    prompts = random_prompts([900, 300, 7], vocab_size=40_000)
+    requests = requests_of(prompts, [GREEDY, SAMPLED, GREEDY])
+    sharded = run(engine_on(start(config), config, 4), requests)
+    whole = run(engine_on(LocalExecutor(config), config, 0), requests)
+    for request in requests:
+        name = request.request_id
+        assert token_ids(sharded[name]) == token_ids(whole[name])
 
 
 def batch_of(token_ids: NDArray[np.int64]) -> Batch:
