@@ -80,8 +80,7 @@ def _full(
     slots = torch.cat(tail) if tail else torch.empty(0, dtype=torch.long)
     if len(slots) > 0:
         mask = layout.causal_mask(query_len, len(slots), 0, group_size, rows)
-        k, v = k_cache.index_select(1, slots)[:, None], v_cache.index_select(1, slots)[:, None]
-        parts.append(_flash(folded, k, v, mask if query_len > 1 else None, scaling))
+        parts.append(_copied(folded, k_cache, v_cache, slots, mask, scaling))
     return _merge(parts).reshape(rows.shape)
 
 
@@ -102,9 +101,21 @@ def _windowed(
     slots = torch.from_numpy(layout.slots(sequence, first, context_len + query_len))
     mask = layout.causal_mask(query_len, len(slots), window, group_size, rows)
     folded = rows.reshape(num_kv_heads, 1, group_size * query_len, -1)
-    k, v = k_cache.index_select(1, slots)[:, None], v_cache.index_select(1, slots)[:, None]
-    out, _ = _flash(folded, k, v, mask, scaling)
+    out, _ = _copied(folded, k_cache, v_cache, slots, mask, scaling)
     return out.reshape(rows.shape)
+
+
+def _copied(
+    folded: torch.Tensor,  # [num_kv_heads, 1, folded_rows, head_dim]
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,  # [num_keys], ending with the rows' own
+    mask: torch.Tensor,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys that do not lie together, copied and masked."""
+    k, v = k_cache.index_select(1, slots)[:, None], v_cache.index_select(1, slots)[:, None]
+    return _flash(folded, k, v, mask, scaling)
 
 
 def _flash(

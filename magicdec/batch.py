@@ -56,10 +56,6 @@ class Batch:
     sequences: tuple[ScheduledSequence, ...]
     draft_budget: int
 
-    @property
-    def max_draft_length(self) -> int:
-        return max((s.draft_length for s in self.sequences), default=0)
-
 
 @dataclass(frozen=True, slots=True)
 class SequenceResult:

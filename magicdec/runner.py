@@ -12,7 +12,7 @@ from magicdec.drafters.base import Drafter
 from magicdec.drafters.self_draft import SelfDrafter
 from magicdec.kernels.dispatch import select_backend
 from magicdec.kernels.paged_layout import PagedLayout
-from magicdec.kv_cache import PagedKVCache, bytes_per_token, num_affordable_blocks
+from magicdec.kv_cache import PagedKVCache, num_affordable_blocks
 from magicdec.model_loader import LoadedModel, load_model, read_model_facts
 from magicdec.sampler import Sampler, SamplerRow
 from magicdec.verification import accept
@@ -56,9 +56,6 @@ class ModelRunner:
 
     def num_affordable_blocks(self) -> int:
         return num_affordable_blocks(self._model.layers, self._model.kv_dtype, self._config.cache)
-
-    def kv_bytes_per_token(self) -> int:
-        return bytes_per_token(self._model.layers, self._model.kv_dtype)
 
     def allocate_cache(self, num_blocks: int) -> None:
         """Every rank gets the same count: one block table serves them all."""
