@@ -16,6 +16,7 @@ from magicdec.config import (
     ModelConfig,
     ParallelConfig,
     SchedulerConfig,
+    SelectionConfig,
     SpeculativeConfig,
 )
 from magicdec.deployments.embedded_model import EMBEDDED_MODEL_NAME
@@ -90,11 +91,11 @@ class SpeculationSettings(Section):
         default=_SPECULATION.draft_length,
         description="Tokens drafted a round; 0 is plain decoding.",
     )
-    draft_budget: int = Field(
+    draft_budget: float = Field(
         default=_SPECULATION.draft_budget, description="KV positions that a draft step reads."
     )
     num_sink_tokens: int = Field(
-        default=_SPECULATION.num_sink_tokens,
+        default=_SPECULATION.selection.num_sink_tokens,
         description="Of the budget: the first positions of the context, always kept.",
     )
 
@@ -191,7 +192,11 @@ class ServeSettings(Section):
                 num_blocks=self.cache.num_blocks,
             ),
             scheduler=SchedulerConfig(**self.scheduler.model_dump()),
-            speculation=SpeculativeConfig(**self.speculation.model_dump()),
+            speculation=SpeculativeConfig(
+                draft_length=self.speculation.draft_length,
+                draft_budget=self.speculation.draft_budget,
+                selection=SelectionConfig(num_sink_tokens=self.speculation.num_sink_tokens),
+            ),
             parallel=ParallelConfig(
                 tensor_parallel_size=self.parallel.tensor_parallel_size,
                 num_threads=self.parallel.num_threads,

@@ -1,5 +1,6 @@
 """The attention function that transformers models call, and the two contexts it may run in."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -35,6 +36,21 @@ class AttentionContext(Protocol):
     ) -> torch.Tensor:
         """Stores the rows' K/V and returns their attention, shaped like query."""
         ...
+
+
+class AttentionObserver(Protocol):
+    """Is shown each layer of a verify forward after its K/V are in the pages."""
+
+    def observe(
+        self,
+        layer: int,
+        query: torch.Tensor,  # [num_query_heads, num_rows, head_dim], after rotary, as K is
+        k_cache: torch.Tensor,  # [num_kv_heads, num_slots, head_dim]
+        *,
+        scaling: float,
+        sliding_window: int | None,
+        softcap: float | None,
+    ) -> None: ...
 
 
 def register_attention() -> None:
@@ -80,10 +96,17 @@ def attention_forward(
 class PagedAttention:
     """Prefill, plain decoding and verification: every row over all of its sequence's pages."""
 
-    def __init__(self, cache: PagedKVCache, layout: PagedLayout, backend: AttentionBackend) -> None:
+    def __init__(
+        self,
+        cache: PagedKVCache,
+        layout: PagedLayout,
+        backend: AttentionBackend,
+        observers: Sequence[AttentionObserver] = (),
+    ) -> None:
         self._cache = cache
         self._layout = layout
         self._backend = backend
+        self._observers = observers
         device = cache.k[0].device
         self._slot_mapping = torch.from_numpy(layout.slot_mapping()).to(device)
 
@@ -101,9 +124,19 @@ class PagedAttention:
         k_cache, v_cache = self._cache.k[layer], self._cache.v[layer]
         dtype = k_cache.dtype  # the module may compute wider than the cache
         store_kv(k_cache, v_cache, key.to(dtype), value.to(dtype), self._slot_mapping)
+        narrow = query.to(dtype)
         output = self._backend.paged(
-            query.to(dtype), k_cache, v_cache, self._layout, scaling, sliding_window, softcap
+            narrow, k_cache, v_cache, self._layout, scaling, sliding_window, softcap
         )
+        for observer in self._observers:
+            observer.observe(
+                layer,
+                narrow,
+                k_cache,
+                scaling=scaling,
+                sliding_window=sliding_window,
+                softcap=softcap,
+            )
         return output.to(query.dtype)
 
 

@@ -16,26 +16,47 @@ from magicdec.types import SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The controller's choice for one step."""
+    """The controller's choice for one step, for every request that asks for nothing else."""
 
+    drafter: str
+    draft_length: int
+    draft_budget: float  # KV positions, or below 1 a share of each context
+
+
+@dataclass(frozen=True, slots=True)
+class DraftChoice:
+    """Who drafts for one sequence this round, how far, and over how many KV positions.
+
+    A prefill chunk carries one too (length 0): its drafter may learn from the chunk's attention.
+    """
+
+    drafter: str
     draft_length: int
     draft_budget: int
+    needs_history: bool
 
 
 @dataclass(frozen=True, slots=True)
 class ScheduledSequence:
     """One sequence's share of a step: a prefill chunk, or a decode row with room for its draft.
 
-    block_table covers num_computed_tokens + len(token_ids) + draft_length positions.
+    block_table covers num_computed_tokens + len(token_ids) + draft_length positions. `sequence_id`
+    names one stay in the running set: a sequence that was preempted returns under another.
     """
 
+    sequence_id: int
     token_ids: NDArray[np.int64]  # [num_new], to be computed at num_computed_tokens onwards
     num_computed_tokens: int
     block_table: NDArray[np.int64]  # [num_blocks]
     sampling: SamplingParams | None  # None: the chunk ends before the last token, nothing to sample
-    draft_length: int  # above 0 only where num_new is 1
     num_prompt_tokens: int
-    history: NDArray[np.int64] | None  # [num_tokens] prompt and output, where penalties need it
+    history: NDArray[np.int64] | None  # [num_tokens] prompt and output, for penalties and drafters
+    draft: DraftChoice | None  # None: speculation is off for this request
+
+    @property
+    def draft_length(self) -> int:
+        """Above 0 only for decode rows. The drafter may propose fewer tokens."""
+        return 0 if self.draft is None else self.draft.draft_length
 
     @property
     def is_decode_row(self) -> bool:
@@ -51,10 +72,14 @@ class ScheduledSequence:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step. Every rank gets the same one; it needs no other state than its KV pages."""
+    """One step. Every rank gets the same one.
+
+    Beside its KV pages a rank keeps, by sequence_id, what drafters have learnt of a sequence;
+    `released` lists the ids that will not come again.
+    """
 
     sequences: tuple[ScheduledSequence, ...]
-    draft_budget: int
+    released: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,15 +4,28 @@ from dataclasses import dataclass, field
 
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_DRAFT_LENGTH = 16  # kernels take up to 17 rows a sequence
+OBSERVATION_WINDOW = 32  # last rows of a prompt, whose attention seeds SnapKV's selection
+DRAFTERS = ("streaming", "snapkv", "recycled", "draft_model", "ngram")
+VERIFICATION_RULES = ("shared_gumbel", "optimal_coupling")
 
 
 class ConfigError(ValueError):
     """A setting out of its range; the message names field, value and limit."""
 
 
-def check_at_least(name: str, value: int, low: int) -> None:
-    if value < low:
+def check_at_least(name: str, value: float, low: float) -> None:
+    if not value >= low:
         raise ConfigError(f"{name} must be at least {low}, got {value}")
+
+
+def check_at_most(name: str, value: float, high: float) -> None:
+    if not value <= high:
+        raise ConfigError(f"{name} must be at most {high}, got {value}")
+
+
+def check_share(name: str, value: float) -> None:
+    if not 0.0 < value <= 1.0:
+        raise ConfigError(f"{name} must be above 0 and at most 1, got {value}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +50,7 @@ class CacheConfig:
     block_size: int = 64  # tokens a block; flash-attn needs a multiple of 256
     kv_cache_bytes: int = 2 << 30  # a rank's share; the pool is as many whole blocks as fit
     num_blocks: int | None = None  # overrides kv_cache_bytes
+    prefix_caching: bool = True  # prompts that begin alike share the blocks of their prefix
 
     def __post_init__(self) -> None:
         check_at_least("block_size", self.block_size, 1)
@@ -54,27 +68,87 @@ class SchedulerConfig:
 
     def __post_init__(self) -> None:
         check_at_least("max_num_seqs", self.max_num_seqs, 1)
-        check_at_least("max_batch_tokens", self.max_batch_tokens, self.max_num_seqs)
+        # A row for every sequence, and a whole observation window for a prompt's last chunk.
+        least = self.max_num_seqs + OBSERVATION_WINDOW
+        check_at_least("max_batch_tokens", self.max_batch_tokens, least)
+
+
+@dataclass(frozen=True, slots=True)
+class SelectionConfig:
+    """Which KV positions a draft over the target's own cache reads, of its budget."""
+
+    num_sink_tokens: int = 16  # the first positions of the context, always read
+    num_recent_tokens: int = 64  # at least so many of the last ones, always read
+    num_first_layers: int = 0  # layers that read first_layers_factor times the budget
+    first_layers_factor: float = 2.0
+    refresh_rounds: int = 4  # `recycled`: a new selection every so many verify passes
+    chunk_size: int = 1  # `recycled`: positions chosen together
+    coverage: float = 1.0  # `recycled`: stop at this share of the attention mass; 1: whole budget
+
+    def __post_init__(self) -> None:
+        check_at_least("num_sink_tokens", self.num_sink_tokens, 0)
+        check_at_least("num_recent_tokens", self.num_recent_tokens, 1)
+        check_at_least("num_first_layers", self.num_first_layers, 0)
+        check_at_least("first_layers_factor", self.first_layers_factor, 1)
+        check_at_least("refresh_rounds", self.refresh_rounds, 1)
+        check_at_least("chunk_size", self.chunk_size, 1)
+        check_share("coverage", self.coverage)
+
+
+@dataclass(frozen=True, slots=True)
+class DraftModelConfig:
+    """A smaller model of the same vocabulary that drafts in the rank's process."""
+
+    path: str  # a Hugging Face folder or hub id
+    window: int | None = 512  # KV positions it keeps a sequence; None: all, in pages of its own
+
+    def __post_init__(self) -> None:
+        if self.window is not None:
+            check_at_least("draft_model_window", self.window, 1)
 
 
 @dataclass(frozen=True, slots=True)
 class SpeculativeConfig:
-    """The draft: how many tokens a round, over how much of the KV cache."""
+    """The draft: by whom, how many tokens a round, over how much of the KV cache.
 
+    `optimal_coupling` accepts with probability min(1, p/q) and resamples the residual: two or
+    three points more acceptance, and the distribution stays the target's. But the tokens then
+    depend on draft length and budget, so it gives up seed replay and the token-equal resume of a
+    stream whose replica died; `shared_gumbel` keeps both.
+    """
+
+    drafter: str = "streaming"
     draft_length: int = 4  # 0: plain decoding
-    draft_budget: int = 512  # KV positions a draft step reads, a layer and KV head
-    num_sink_tokens: int = 16  # of the budget: the first positions (StreamingLLM's sink)
+    draft_budget: float = 512  # KV positions a draft step reads; below 1: a share of the context
+    max_draft_length: int = MAX_DRAFT_LENGTH  # the most that a request may ask for
+    max_draft_budget: int = 4096  # the same, and the cap of a share
+    max_view_share: float = 1 / 3  # no draft where its view would be more of the context
+    verification: str = "shared_gumbel"
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    draft_model: DraftModelConfig | None = None
 
     def __post_init__(self) -> None:
+        if self.drafter not in DRAFTERS:
+            raise ConfigError(f"drafter must be one of {', '.join(DRAFTERS)}, got {self.drafter!r}")
+        if self.drafter == "draft_model" and self.draft_model is None:
+            raise ConfigError("drafter draft_model needs the path of a draft model")
+        if self.verification not in VERIFICATION_RULES:
+            rules = ", ".join(VERIFICATION_RULES)
+            raise ConfigError(f"verification must be one of {rules}, got {self.verification!r}")
         check_at_least("draft_length", self.draft_length, 0)
-        check_at_least("num_sink_tokens", self.num_sink_tokens, 0)
-        if self.draft_length > MAX_DRAFT_LENGTH:
-            raise ConfigError(
-                f"draft_length must be at most {MAX_DRAFT_LENGTH}, got {self.draft_length}"
-            )
-        # The sink, the round's own tokens and at least one recent position.
-        least = self.num_sink_tokens + self.draft_length + 1
-        check_at_least("draft_budget", self.draft_budget, least)
+        check_at_most("max_draft_length", self.max_draft_length, MAX_DRAFT_LENGTH)
+        check_at_most("draft_length", self.draft_length, self.max_draft_length)
+        check_share("max_view_share", self.max_view_share)
+        check_at_most("draft_budget", self.draft_budget, self.max_draft_budget)
+        if self.draft_budget >= 1:
+            least = self.least_draft_budget(self.draft_length)
+            check_at_least("draft_budget", self.draft_budget, least)
+        else:
+            check_share("draft_budget", self.draft_budget)
+
+    def least_draft_budget(self, draft_length: int) -> int:
+        """The sink, the recent positions and the round's own tokens."""
+        return self.selection.num_sink_tokens + self.selection.num_recent_tokens + draft_length
 
 
 @dataclass(frozen=True, slots=True)

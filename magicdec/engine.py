@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from magicdec.batch import Batch, Plan, StepResult
 from magicdec.config import ConfigError, EngineConfig
 from magicdec.detokenizer import Detokenizer
+from magicdec.draft_choice import check_speculation
 from magicdec.executor import Executor
 from magicdec.model_loader import ModelFacts
 from magicdec.scheduler import Scheduler
@@ -38,13 +39,11 @@ class Engine:
         self._executor = executor
         self._tokenizer = tokenizer
         self._facts = facts
-        block_size = config.cache.block_size
-        self._total_kv_tokens = executor.num_blocks * block_size
+        self._total_kv_tokens = executor.num_blocks * config.cache.block_size
         self.max_model_len = _resolve_max_model_len(config, facts, self._total_kv_tokens)
-        self._scheduler = Scheduler(
-            config.scheduler, executor.num_blocks, block_size, self.max_model_len
-        )
-        self.plan = Plan(config.speculation.draft_length, config.speculation.draft_budget)
+        self._scheduler = Scheduler(config, executor.num_blocks, self.max_model_len)
+        speculation = config.speculation
+        self.plan = Plan(speculation.drafter, speculation.draft_length, speculation.draft_budget)
         self._arrivals = itertools.count()
         self._sequences: dict[str, Sequence] = {}
         self._detokenizers: dict[str, Detokenizer] = {}
@@ -119,6 +118,7 @@ class Engine:
                 param="prompt",
                 code="context_length_exceeded",
             )
+        check_speculation(request.speculation, self.config.speculation)
         vocab_size = self._facts.vocab_size
         sampling = request.sampling
         for param, ids in (

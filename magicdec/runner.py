@@ -14,8 +14,8 @@ from magicdec.kernels.dispatch import select_backend
 from magicdec.kernels.paged_layout import PagedLayout
 from magicdec.kv_cache import PagedKVCache, num_affordable_blocks
 from magicdec.model_loader import LoadedModel, load_model, read_model_facts
-from magicdec.sampler import Sampler, SamplerRow
-from magicdec.verification import accept
+from magicdec.sampler import Proposal, Sampler, SamplerRow
+from magicdec.verification import SharedNoise, VerificationRule
 
 
 class ModelRunner:
@@ -28,10 +28,12 @@ class ModelRunner:
     def __init__(self, model: LoadedModel, config: EngineConfig) -> None:
         self._model = model
         self._config = config
-        self._sampler = Sampler(read_model_facts(config.model.path).eos_token_ids)
+        self._rule: VerificationRule = SharedNoise(
+            Sampler(read_model_facts(config.model.path).eos_token_ids)
+        )
         self._backend = select_backend(model.device, model.kv_dtype)
         self._cache: PagedKVCache | None = None
-        self._drafter: Drafter | None = None
+        self._drafters: dict[str, Drafter] = {}
 
     @classmethod
     def load(cls, config: EngineConfig) -> "ModelRunner":
@@ -63,46 +65,67 @@ class ModelRunner:
         self._cache = PagedKVCache(
             model.layers, self._config.cache.block_size, num_blocks, model.kv_dtype, model.device
         )
-        self._drafter = SelfDrafter(
+        self_drafter = SelfDrafter(
             self.forward,
+            self._rule.propose,
             self._cache,
             self._backend,
-            self._sampler,
-            self._config.speculation.num_sink_tokens,
+            self._config.speculation.selection,
         )
+        self._drafters = {"streaming": self_drafter}
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> StepResult:
         """Runs one step; the batch's decode rows and prefill chunks share the verify forward."""
         started = time.perf_counter()
+        self._release(batch.released)
         drafts = self._draft(batch)
         drafted = time.perf_counter()
-        targets = self._verify(batch, drafts)
+        emitted = self._verify(batch, drafts)
         results = tuple(
-            SequenceResult(accept(draft, target) if target else (), len(draft))
-            for draft, target in zip(drafts, targets, strict=True)
+            SequenceResult(tokens, len(draft))
+            for tokens, draft in zip(emitted, drafts, strict=True)
         )
         return StepResult(results, drafted - started, time.perf_counter() - drafted)
 
-    def _draft(self, batch: Batch) -> list[tuple[int, ...]]:
-        drafting = [s for s in batch.sequences if s.draft_length > 0]
-        if not drafting:
-            return [()] * len(batch.sequences)
-        assert self._drafter is not None
-        proposed = iter(self._drafter.propose(drafting, batch.draft_budget))
-        return [next(proposed) if s.draft_length > 0 else () for s in batch.sequences]
+    def _release(self, sequence_ids: tuple[int, ...]) -> None:
+        for drafter in self._each_drafter():
+            drafter.release(sequence_ids)
 
-    def _verify(self, batch: Batch, drafts: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-        """The target's own choice after each prefix of the draft; none for an unfinished chunk."""
+    def _draft(self, batch: Batch) -> list[tuple[Proposal, ...]]:
+        """Each drafter proposes for its own sequences in one call."""
+        drafts: list[tuple[Proposal, ...]] = [() for _ in batch.sequences]
+        for drafter in self._each_drafter():
+            mine = [
+                i
+                for i, s in enumerate(batch.sequences)
+                if s.draft is not None
+                and s.draft_length > 0
+                and self._drafters[s.draft.drafter] is drafter
+            ]
+            if mine:
+                proposed = drafter.propose([batch.sequences[i] for i in mine])
+                for i, draft in zip(mine, proposed, strict=True):
+                    drafts[i] = draft
+        return drafts
+
+    def _each_drafter(self) -> list[Drafter]:
+        """Each one once: several names may be one drafter's."""
+        return list({id(drafter): drafter for drafter in self._drafters.values()}.values())
+
+    def _verify(self, batch: Batch, drafts: list[tuple[Proposal, ...]]) -> list[tuple[int, ...]]:
+        """The tokens each sequence emits; none for a chunk that ends before the last token."""
         layout, token_ids = _pack(batch.sequences, drafts, self._pages.block_size)
-        attention = PagedAttention(self._pages, layout, self._backend)
+        watched = [drafter.watch(batch.sequences, layout) for drafter in self._each_drafter()]
+        observers = [observer for observer in watched if observer is not None]
+        attention = PagedAttention(self._pages, layout, self._backend, observers)
         keep, rows = _sampled_rows(batch.sequences, drafts)
         logits = self.forward(token_ids, row_positions(layout), attention, keep)
-        chosen = iter(self._sampler.sample(logits, rows) if rows else [])
-        return [
-            tuple(next(chosen) for _ in range(len(draft) + 1)) if s.sampling is not None else ()
-            for s, draft in zip(batch.sequences, drafts, strict=True)
+        sampled = [
+            d for d, s in zip(drafts, batch.sequences, strict=True) if s.sampling is not None
         ]
+        emitted = iter(self._rule.verify(logits, rows, sampled) if rows else [])
+        return [() if s.sampling is None else next(emitted) for s in batch.sequences]
 
     def forward(
         self,
@@ -126,7 +149,7 @@ class ModelRunner:
 
 
 def _pack(
-    sequences: tuple[ScheduledSequence, ...], drafts: list[tuple[int, ...]], block_size: int
+    sequences: tuple[ScheduledSequence, ...], drafts: list[tuple[Proposal, ...]], block_size: int
 ) -> tuple[PagedLayout, torch.Tensor]:
     """The step's rows back to back: each sequence's tokens, then its draft."""
     layout = PagedLayout(
@@ -136,14 +159,14 @@ def _pack(
         block_size=block_size,
     )
     pieces = [
-        np.concatenate([s.token_ids, np.array(d, dtype=np.int64)])
+        np.concatenate([s.token_ids, np.array([p.token_id for p in d], dtype=np.int64)])
         for s, d in zip(sequences, drafts, strict=True)
     ]
     return layout, torch.from_numpy(np.concatenate(pieces))
 
 
 def _sampled_rows(
-    sequences: tuple[ScheduledSequence, ...], drafts: list[tuple[int, ...]]
+    sequences: tuple[ScheduledSequence, ...], drafts: list[tuple[Proposal, ...]]
 ) -> tuple[torch.Tensor, list[SamplerRow]]:
     """Packed indices of the rows to sample from, and what to choose there."""
     keep: list[int] = []
@@ -153,6 +176,7 @@ def _sampled_rows(
         stop = start + len(sequence.token_ids) + len(draft)
         if sequence.sampling is not None:
             keep.extend(range(stop - len(draft) - 1, stop))
-            rows.extend(SamplerRow.after(sequence, draft[:i]) for i in range(len(draft) + 1))
+            drafted = tuple(p.token_id for p in draft)
+            rows.extend(SamplerRow.after(sequence, drafted[:i]) for i in range(len(draft) + 1))
         start = stop
     return torch.tensor(keep, dtype=torch.long), rows

@@ -45,6 +45,17 @@ class SamplerRow:
         return self.position - self.num_prompt_tokens
 
 
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """One drafted token and the law it was drawn from: processed scores, fp32 [vocab_size].
+
+    None where no rule needs the law: under shared noise, and for a token proposed with certainty.
+    """
+
+    token_id: int
+    scores: torch.Tensor | None = None
+
+
 class Sampler:
     """Chooses tokens for rows of logits; holds no state between calls."""
 

@@ -5,26 +5,30 @@ its tokens, one row behind while it decodes. Chunked prefill, resuming after pre
 are that one rule.
 """
 
+import itertools
 from collections import deque
+from dataclasses import replace
 
 import numpy as np
 
-from magicdec.batch import Batch, Plan, ScheduledSequence, StepResult
+from magicdec.batch import Batch, DraftChoice, Plan, ScheduledSequence, StepResult
 from magicdec.block_pool import BlockPool
-from magicdec.config import SchedulerConfig
+from magicdec.config import OBSERVATION_WINDOW, EngineConfig
+from magicdec.draft_choice import choose_draft
 from magicdec.types import Sequence, SequenceStatus
 
 
 class Scheduler:
     """Owns the block pool and the queues; knows no model and no text."""
 
-    def __init__(
-        self, config: SchedulerConfig, num_blocks: int, block_size: int, max_model_len: int
-    ) -> None:
-        self._config = config
-        self._block_size = block_size
+    def __init__(self, config: EngineConfig, num_blocks: int, max_model_len: int) -> None:
+        self._config = config.scheduler
+        self._speculation = config.speculation
+        self._block_size = config.cache.block_size
         self._max_model_len = max_model_len
         self._scheduled: list[Sequence] = []
+        self._released: list[int] = []  # ids of stays that ended since the last step
+        self._sequence_ids = itertools.count()
         self.num_preemptions = 0
         self.pool = BlockPool(num_blocks)
         self.waiting: deque[Sequence] = deque()
@@ -40,26 +44,26 @@ class Scheduler:
         budget = self._config.max_batch_tokens
         decoding = [s for s in self.running if s.num_uncomputed_tokens == 1]
         # Drafts leave a part of the budget to prompts, or a full batch would keep newcomers out.
-        reserve = budget // 4 if self.waiting or len(decoding) < len(self.running) else 0
+        pending = self.waiting or len(decoding) < len(self.running)
+        reserve = max(budget // 4, OBSERVATION_WINDOW) if pending else 0
         for i, sequence in enumerate(decoding):
             if sequence.status is not SequenceStatus.RUNNING:
                 continue  # preempted for an earlier one
             rows_left = budget - (len(decoding) - i - 1) - reserve
-            draft_length = self._reserve_decode(sequence, min(plan.draft_length, rows_left - 1))
+            draft = self._choose(plan, sequence)
+            wanted = 0 if draft is None else min(draft.draft_length, rows_left - 1)
+            draft_length = self._reserve_decode(sequence, wanted)
             if draft_length is None:
                 continue
-            scheduled.append(self._take(sequence, 1, draft_length))
+            draft = None if draft is None else replace(draft, draft_length=draft_length)
+            scheduled.append(self._take(sequence, 1, draft))
             budget -= 1 + draft_length
         for sequence in [s for s in self.running if s.num_uncomputed_tokens > 1]:
-            if budget > 0:
-                chunk = min(sequence.num_uncomputed_tokens, budget)
-                scheduled.append(self._take(sequence, chunk, 0))
-                budget -= chunk
+            budget -= self._take_chunk(plan, sequence, budget, scheduled)
         while budget > 0 and (admitted := self._admit()) is not None:
-            chunk = min(admitted.num_uncomputed_tokens, budget)
-            scheduled.append(self._take(admitted, chunk, 0))
-            budget -= chunk
-        return Batch(tuple(scheduled), plan.draft_budget)
+            budget -= self._take_chunk(plan, admitted, budget, scheduled)
+        released, self._released = tuple(self._released), []
+        return Batch(tuple(scheduled), released)
 
     def update(self, batch: Batch, result: StepResult) -> list[tuple[Sequence, tuple[int, ...]]]:
         """Moves every scheduled sequence forward; returns it with the tokens the step emitted.
@@ -104,22 +108,45 @@ class Scheduler:
         for sequence in self.waiting:
             assert not sequence.block_table and sequence.num_computed_tokens == 0
 
-    def _take(self, sequence: Sequence, num_rows: int, draft_length: int) -> ScheduledSequence:
+    def _take_chunk(
+        self, plan: Plan, sequence: Sequence, budget: int, scheduled: list[ScheduledSequence]
+    ) -> int:
+        """Adds the sequence's next prefill chunk, of at most `budget` rows; returns its length.
+
+        The last chunk of a prompt holds its whole observation window: the boundary before it moves.
+        """
+        left = sequence.num_uncomputed_tokens
+        chunk = left if left <= budget else min(budget, left - OBSERVATION_WINDOW)
+        if chunk <= 0:
+            return 0
+        draft = self._choose(plan, sequence)
+        draft = None if draft is None else replace(draft, draft_length=0)
+        scheduled.append(self._take(sequence, chunk, draft))
+        return chunk
+
+    def _choose(self, plan: Plan, sequence: Sequence) -> DraftChoice | None:
+        wish = sequence.request.speculation
+        return choose_draft(plan, wish, self._speculation, len(sequence.token_ids))
+
+    def _take(
+        self, sequence: Sequence, num_rows: int, draft: DraftChoice | None
+    ) -> ScheduledSequence:
         start = sequence.num_computed_tokens
         stop = start + num_rows
         samples = stop == len(sequence.token_ids)
         sampling = sequence.request.sampling
+        drafter_reads = draft is not None and draft.needs_history
+        needs_history = drafter_reads or (samples and sampling.has_penalties)
         self._scheduled.append(sequence)
         return ScheduledSequence(
+            sequence_id=sequence.sequence_id,
             token_ids=np.array(sequence.token_ids[start:stop], dtype=np.int64),
             num_computed_tokens=start,
             block_table=np.array(sequence.block_table, dtype=np.int64),
             sampling=sampling if samples else None,
-            draft_length=draft_length,
             num_prompt_tokens=sequence.num_prompt_tokens,
-            history=np.array(sequence.token_ids, dtype=np.int64)
-            if samples and sampling.has_penalties
-            else None,
+            history=np.array(sequence.token_ids, dtype=np.int64) if needs_history else None,
+            draft=draft,
         )
 
     def _reserve_decode(self, sequence: Sequence, draft_length: int) -> int | None:
@@ -159,6 +186,7 @@ class Scheduler:
         self.waiting.popleft()
         sequence.block_table = self.pool.allocate(needed)
         sequence.status = SequenceStatus.RUNNING
+        sequence.sequence_id = next(self._sequence_ids)
         self.running.append(sequence)
         self.running.sort(key=lambda s: s.arrival)
         return sequence
@@ -173,6 +201,7 @@ class Scheduler:
         self.waiting.appendleft(sequence)
 
     def _free(self, sequence: Sequence) -> None:
+        self._released.append(sequence.sequence_id)
         self.pool.free(sequence.block_table)
         sequence.block_table = []
 

@@ -99,6 +99,20 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class SpeculationParams:
+    """What one request asks of the draft; None leaves a field to the server.
+
+    It changes how fast tokens come, never which (under shared noise). `draft_budget` is a number of
+    KV positions, or, below 1, a share of the context. Limits are the server's: draft_choice.py.
+    """
+
+    enabled: bool = True
+    drafter: str | None = None
+    draft_length: int | None = None
+    draft_budget: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """What a client asked, in token ids.
 
@@ -111,6 +125,7 @@ class Request:
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     emitted_token_ids: tuple[int, ...] = ()
+    speculation: SpeculationParams = field(default_factory=SpeculationParams)
 
 
 class SequenceStatus(Enum):
@@ -173,6 +188,7 @@ class Sequence:
     request: Request
     arrival: int  # admission order; the latest is preempted first
     token_ids: list[int]
+    sequence_id: int = 0  # of this stay in the running set
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
     status: SequenceStatus = SequenceStatus.WAITING

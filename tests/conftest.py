@@ -25,6 +25,7 @@ from magicdec.config import (
     EngineConfig,
     ModelConfig,
     SchedulerConfig,
+    SelectionConfig,
     SpeculativeConfig,
 )
 from magicdec.engine import Engine
@@ -121,13 +122,21 @@ def engine_config(
     max_batch_tokens: int = 64,
     max_num_seqs: int = 8,
     dtype: str = "float32",
+    drafter: str = "streaming",
+    **speculation: Any,
 ) -> EngineConfig:
     """A small fp32 engine: every limit low enough to be met in a test."""
     return EngineConfig(
         model=ModelConfig(str(path), dtype),
         cache=CacheConfig(block_size=block_size, num_blocks=num_blocks),
         scheduler=SchedulerConfig(max_num_seqs, max_batch_tokens),
-        speculation=SpeculativeConfig(draft_length, draft_budget, num_sink_tokens),
+        speculation=SpeculativeConfig(
+            drafter=drafter,
+            draft_length=draft_length,
+            draft_budget=draft_budget,
+            selection=SelectionConfig(num_sink_tokens=num_sink_tokens, num_recent_tokens=2),
+            **{"max_view_share": 1.0, **speculation},
+        ),
     )
 
 

@@ -1,20 +1,39 @@
-"""What the runner asks of a drafter."""
+"""What the runner asks of a drafter, and what it gives one to draft with."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 
-from magicdec.attention import AttentionContext
+from magicdec.attention import AttentionContext, AttentionObserver
 from magicdec.batch import ScheduledSequence
+from magicdec.kernels.paged_layout import PagedLayout
+from magicdec.sampler import Proposal, SamplerRow
 
 Forward = Callable[[torch.Tensor, torch.Tensor, AttentionContext], torch.Tensor]
 """(token ids [num_rows], positions [num_rows], context) -> logits [num_rows, vocab_size]."""
 
+Propose = Callable[[torch.Tensor, list[SamplerRow]], list[Proposal]]
+"""(logits [num_rows, vocab_size], rows) -> one proposal a row, drawn as verification expects."""
+
 
 class Drafter(Protocol):
-    def propose(
-        self, sequences: list[ScheduledSequence], draft_budget: int
-    ) -> list[tuple[int, ...]]:
-        """Each sequence's draft_length tokens; every sequence is a decode row."""
+    """Drafts for the sequences that name it. Whatever it proposes, the emitted tokens stand:
+    a drafter that has lost or never had its state drafts worse, not wrong."""
+
+    def propose(self, sequences: list[ScheduledSequence]) -> list[tuple[Proposal, ...]]:
+        """At most draft_length tokens each; every sequence is a decode row of this drafter's."""
+        ...
+
+    def watch(
+        self, sequences: tuple[ScheduledSequence, ...], layout: PagedLayout
+    ) -> AttentionObserver | None:
+        """Before a verify forward over all of the step's sequences, in the layout's order.
+
+        Returns what must be shown the forward's attention, if anything.
+        """
+        ...
+
+    def release(self, sequence_ids: Sequence[int]) -> None:
+        """Forgets sequences that will not come again; unknown ids are ignored."""
         ...

@@ -11,6 +11,7 @@ import platform
 import statistics
 import sysconfig
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -50,8 +51,8 @@ def main() -> None:
     )
     prefill(engine, args.batch * args.context)
     plans = {
-        "plain": Plan(0, args.draft_budget),
-        "speculative": Plan(args.draft_length, args.draft_budget),
+        "plain": Plan("streaming", 0, args.draft_budget),
+        "speculative": Plan("streaming", args.draft_length, args.draft_budget),
     }
     measure(engine, plans, args)
 
@@ -81,7 +82,7 @@ def read_text(path: Path | None) -> str:
 
 def prefill(engine: Engine, num_tokens: int) -> None:
     """Plain steps until every prompt is in the cache; early ones decode a little meanwhile."""
-    engine.plan = Plan(0, engine.plan.draft_budget)
+    engine.plan = replace(engine.plan, draft_length=0)
     started = time.perf_counter()
     while engine.stats.num_prefill_tokens < num_tokens:
         engine.step()

@@ -21,13 +21,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import httpx
 import psutil
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from magicdec.batch import Plan
 from magicdec.config import CacheConfig, EngineConfig, ModelConfig
 from magicdec.deployments.embedded_model import EMBEDDED_MODEL_NAME, resolve_model
 from magicdec.engine import Engine
@@ -146,7 +146,7 @@ def measure(engine: Engine, prompts: list[list[int]], args: argparse.Namespace) 
 
 def bare_round_ms(engine: Engine, prompts: list[list[int]], args: argparse.Namespace) -> float:
     """Milliseconds a round while every sequence decodes."""
-    engine.plan = Plan(args.draft_length, engine.plan.draft_budget)
+    engine.plan = replace(engine.plan, draft_length=args.draft_length)
     sampling = SamplingParams(temperature=0.0, max_tokens=args.tokens, ignore_eos=True)
     for i, prompt in enumerate(prompts):
         engine.add(Request(str(i), tuple(prompt), sampling))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from magicdec.attention import UnsupportedModel
-from magicdec.batch import Batch, Plan, ScheduledSequence
+from magicdec.batch import Batch, ScheduledSequence
 from magicdec.cluster.executor import ShardedExecutor
 from magicdec.cluster.placement import replica_bundles
 from magicdec.config import CacheConfig, EngineConfig, ParallelConfig
@@ -98,7 +98,7 @@ def multi_query_executor(
 def engine_on(executor: Executor, config: EngineConfig, draft_length: int) -> Engine:
     path = config.model.path
     engine = Engine(config, executor, load_tokenizer(path), read_model_facts(path))
-    engine.plan = Plan(draft_length, config.speculation.draft_budget)
+    engine.plan = replace(engine.plan, draft_length=draft_length)
     return engine
 
 
@@ -206,12 +206,13 @@ def test_the_embedded_model_on_two_ranks_gives_one_ranks_tokens(
 
 def batch_of(token_ids: NDArray[np.int64]) -> Batch:
     sequence = ScheduledSequence(
-        token_ids,
+        sequence_id=0,
+        token_ids=token_ids,
         num_computed_tokens=0,
         block_table=np.arange(10),
         sampling=GREEDY,
-        draft_length=0,
         num_prompt_tokens=len(token_ids),
         history=None,
+        draft=None,
     )
-    return Batch((sequence,), draft_budget=24)
+    return Batch((sequence,))

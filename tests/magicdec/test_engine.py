@@ -77,7 +77,7 @@ def test_the_end_of_the_context_ends_the_answer(
 def test_cancellation_frees_the_blocks_at_once(
     tiny_model_dir: Path, make_engine: EngineFactory
 ) -> None:
-    engine = make_engine(engine_config(tiny_model_dir, draft_length=3, max_batch_tokens=16))
+    engine = make_engine(engine_config(tiny_model_dir, draft_length=3, max_batch_tokens=40))
     for name in ("prefilling", "decoding", "waiting"):
         engine.add(Request(name, PROMPT, GREEDY))
     for _ in range(4):
@@ -208,7 +208,7 @@ def test_the_first_token_belongs_to_no_round(
     tiny_model_dir: Path, make_engine: EngineFactory
 ) -> None:
     """A prompt of one row, and one whose last chunk is one row."""
-    engine = make_engine(engine_config(tiny_model_dir, max_batch_tokens=29, draft_length=2))
+    engine = make_engine(engine_config(tiny_model_dir, max_batch_tokens=40, draft_length=2))
     one = SamplingParams(temperature=0.0, max_tokens=1)
     outputs = run(engine, [Request("a", PROMPT[:1], one), Request("b", PROMPT, one)])
     assert [outputs[name][-1].usage.num_rounds for name in "ab"] == [0, 0]
@@ -218,7 +218,7 @@ def test_the_first_token_belongs_to_no_round(
 def test_a_full_batch_of_drafts_still_admits_a_newcomer(
     tiny_model_dir: Path, make_engine: EngineFactory
 ) -> None:
-    config = engine_config(tiny_model_dir, draft_length=4, max_batch_tokens=15, max_num_seqs=4)
+    config = engine_config(tiny_model_dir, draft_length=4, max_batch_tokens=36, max_num_seqs=4)
     engine = make_engine(config)
     long = replace(GREEDY, max_tokens=400)
     for i in range(3):

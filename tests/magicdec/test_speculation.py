@@ -160,7 +160,7 @@ def test_resumed_text_continues_where_the_first_engine_stopped(
     draft_budget=st.integers(12, 80),
     num_blocks=st.integers(20, 70),
     max_num_seqs=st.integers(1, 6),
-    max_batch_tokens=st.integers(6, 100),
+    max_batch_tokens=st.integers(38, 130),
     arrivals=st.lists(st.integers(0, 20), min_size=len(PROMPTS), max_size=len(PROMPTS)),
     cancellations=st.dictionaries(st.integers(0, len(PROMPTS) - 1), st.integers(0, 30), max_size=3),
 )

@@ -1,0 +1,83 @@
+"""What one sequence drafts this round: the plan, the request's own wish, the server's limits."""
+
+from dataclasses import dataclass
+
+from magicdec.batch import DraftChoice, Plan
+from magicdec.config import DRAFTERS, SpeculativeConfig
+from magicdec.types import RequestError, SpeculationParams
+
+AUTO = "auto"
+_BUDGET_STEP = 64  # a share of a growing context is rounded up, so that views keep their shape
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterTraits:
+    """What scheduling must know of a drafter; everything else is its own business."""
+
+    reads_view: bool  # drafts with the target's weights over draft_budget positions of its cache
+    needs_history: bool  # of every token so far
+
+
+TRAITS = {
+    "streaming": DrafterTraits(reads_view=True, needs_history=False),
+    "snapkv": DrafterTraits(reads_view=True, needs_history=False),
+    "recycled": DrafterTraits(reads_view=True, needs_history=False),
+    "draft_model": DrafterTraits(reads_view=False, needs_history=True),
+    "ngram": DrafterTraits(reads_view=False, needs_history=True),
+    # The table's upper bound reads every key to choose its view: for measuring, never served.
+    "top_k": DrafterTraits(reads_view=True, needs_history=False),
+}
+
+
+def check_speculation(params: SpeculationParams, config: SpeculativeConfig) -> None:
+    """Raises RequestError naming the field, its value and the server's limit."""
+    if params.drafter is not None and params.drafter not in (AUTO, *DRAFTERS):
+        names = ", ".join((AUTO, *DRAFTERS))
+        _refuse("drafter", f"must be one of {names}, got {params.drafter!r}")
+    if params.drafter == "draft_model" and config.draft_model is None:
+        _refuse("drafter", "draft_model is not served: this server has no draft model")
+    length, budget = params.draft_length, params.draft_budget
+    if length is not None and not 0 <= length <= config.max_draft_length:
+        _refuse("draft_length", f"must be between 0 and {config.max_draft_length}, got {length}")
+    if budget is None:
+        return
+    if budget >= 1 and budget != int(budget):
+        _refuse("draft_budget", f"must be whole, or a share of the context below 1, got {budget}")
+    if not 0 < budget <= config.max_draft_budget:
+        _refuse(
+            "draft_budget", f"must be above 0 and at most {config.max_draft_budget}, got {budget}"
+        )
+    least = config.least_draft_budget(config.draft_length if length is None else length)
+    if 1 <= budget < least:
+        _refuse(
+            "draft_budget",
+            f"must be at least {least} (sink, recent positions and draft length), got {budget}",
+        )
+
+
+def choose_draft(
+    plan: Plan, params: SpeculationParams, config: SpeculativeConfig, context_len: int
+) -> DraftChoice | None:
+    """The request's wish where it has one, the plan elsewhere; None where speculation is off.
+
+    draft_length is 0 where the view would be too much of the context to pay.
+    """
+    if not params.enabled:
+        return None
+    wished = params.drafter not in (None, AUTO)
+    drafter = params.drafter if wished and params.drafter is not None else plan.drafter
+    length = plan.draft_length if params.draft_length is None else params.draft_length
+    wish = plan.draft_budget if params.draft_budget is None else params.draft_budget
+    budget = int(wish)
+    if wish < 1:
+        steps = -(-int(wish * context_len) // _BUDGET_STEP)
+        budget = min(steps * _BUDGET_STEP, config.max_draft_budget)
+    budget = max(budget, config.least_draft_budget(length))
+    traits = TRAITS[drafter]
+    if traits.reads_view and min(budget, context_len) > config.max_view_share * context_len:
+        length = 0
+    return DraftChoice(drafter, length, budget, traits.needs_history)
+
+
+def _refuse(field: str, reason: str) -> None:
+    raise RequestError(f"speculation.{field} {reason}", param=f"speculation.{field}")
