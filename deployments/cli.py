@@ -48,8 +48,11 @@ def serve(
     dtype: flag.Dtype = None,
     max_model_len: flag.MaxModelLen = None,
     kv_cache_gib: flag.KvCacheGib = None,
+    drafter: flag.Drafter = None,
     draft_length: flag.DraftLength = None,
     draft_budget: flag.DraftBudget = None,
+    draft_model: flag.DraftModel = None,
+    verification: flag.Verification = None,
     tensor_parallel_size: flag.TensorParallel = None,
     num_threads: flag.NumThreads = None,
     num_replicas: flag.NumReplicas = None,
@@ -63,12 +66,13 @@ def serve(
     Without a model the embedded SmolLM2-135M-Instruct is served. Ctrl-C stops it.
     """
     model_flags = {"path": model, "served_name": served_name}
+    draft = {"drafter": drafter, "draft_length": draft_length, "draft_budget": draft_budget}
     parallel = {"tensor_parallel_size": tensor_parallel_size, "num_threads": num_threads}
     server = {"num_replicas": num_replicas, "host": host, "port": port}
     flags: Flags = {
         "model": {**model_flags, "dtype": dtype, "max_model_len": max_model_len},
         "cache": {"kv_cache_gib": kv_cache_gib},
-        "speculation": {"draft_length": draft_length, "draft_budget": draft_budget},
+        "speculation": {**draft, "draft_model": draft_model, "verification": verification},
         "parallel": parallel,
         "server": {**server, "api_keys_file": api_keys_file},
     }
@@ -91,25 +95,30 @@ def generate(
     dtype: flag.Dtype = None,
     max_model_len: flag.MaxModelLen = None,
     kv_cache_gib: flag.KvCacheGib = None,
+    drafter: flag.Drafter = None,
     draft_length: flag.DraftLength = None,
     draft_budget: flag.DraftBudget = None,
+    draft_model: flag.DraftModel = None,
+    verification: flag.Verification = None,
     num_threads: flag.NumThreads = None,
 ) -> None:
     """Answer one prompt in this process, without a server.
 
     The text goes to stdout as it comes, counts and speed to stderr.
     """
+    draft = {"drafter": drafter, "draft_length": draft_length, "draft_budget": draft_budget}
     flags: Flags = {
         "model": {"path": model, "dtype": dtype, "max_model_len": max_model_len},
         "cache": {"kv_cache_gib": kv_cache_gib},
-        "speculation": {"draft_length": draft_length, "draft_budget": draft_budget},
+        "speculation": {**draft, "draft_model": draft_model, "verification": verification},
         "parallel": {"num_threads": num_threads},
     }
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     with _one_line_errors():
         settings = _settings(config, flags)
         text = _prompt_text(prompt, prompt_file)
-        resolve_model(settings.model.path)
+        for path in settings.model_paths:
+            resolve_model(path)
         _generate(settings, text, sampling, chat=chat)
 
 

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from magicdec.config import DRAFTERS
 from magicdec.deployments.embedded_model import EMBEDDED_MODEL_NAME
 
 Config = Annotated[
@@ -29,7 +30,25 @@ DraftLength = Annotated[
     int | None, typer.Option(help="Tokens drafted a round; 0: no drafts.", show_default=False)
 ]
 DraftBudget = Annotated[
-    int | None, typer.Option(help="KV positions a draft step reads.", show_default=False)
+    float | None,
+    typer.Option(
+        help="KV positions a draft step reads; below 1, a share of the context.", show_default=False
+    ),
+]
+Drafter = Annotated[
+    str | None, typer.Option(help=f"Who drafts: {', '.join(DRAFTERS)}.", show_default=False)
+]
+DraftModel = Annotated[
+    str | None,
+    typer.Option(help="Folder or hub id of a smaller model that drafts.", show_default=False),
+]
+Verification = Annotated[
+    str | None,
+    typer.Option(
+        help="shared_gumbel, or optimal_coupling, which gives up seed replay and the token-equal "
+        "resume of a broken stream.",
+        show_default=False,
+    ),
 ]
 TensorParallel = Annotated[
     int | None, typer.Option("--tensor-parallel-size", help="Ranks a replica.", show_default=False)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import ray
 from transformers import PreTrainedTokenizerBase
 
-from magicdec.config import EngineConfig, ParallelConfig
+from magicdec.config import EngineConfig, ParallelConfig, SpeculativeConfig
 from magicdec.deployments.embedded_model import resolve_model
 from magicdec.engine import Engine
 from magicdec.executor import Executor, LocalExecutor
@@ -23,11 +23,12 @@ class BuiltEngine:
 
 
 def build_engine(config: EngineConfig) -> BuiltEngine:
-    """Loads the model: seconds to minutes. `config.model.path` may name the embedded model."""
+    """Loads the model: seconds to minutes. It and the draft model may name the embedded model."""
     path = resolve_model(config.model.path)
     resolved = replace(
         config,
         model=replace(config.model, path=path),
+        speculation=_with_draft_model(config.speculation),
         parallel=_with_threads(config.parallel),
     )
     facts = read_model_facts(path)
@@ -43,6 +44,13 @@ def _build_executor(config: EngineConfig) -> Executor:
     from magicdec.cluster.executor import ShardedExecutor  # DeepSpeed: only where it is needed
 
     return ShardedExecutor(config, ray.util.get_current_placement_group())
+
+
+def _with_draft_model(speculation: SpeculativeConfig) -> SpeculativeConfig:
+    if speculation.draft_model is None:
+        return speculation
+    path = resolve_model(speculation.draft_model.path)
+    return replace(speculation, draft_model=replace(speculation.draft_model, path=path))
 
 
 def _with_threads(parallel: ParallelConfig) -> ParallelConfig:

@@ -59,6 +59,7 @@ def _request(built: BuiltEngine, prompt: str, sampling: dict[str, Any], *, chat:
         max_model_len=built.engine.max_model_len,
         vocab_size=built.vocab_size,
         max_choices=1,
+        speculation=built.engine.config.speculation,
     )
     fields = {name: value for name, value in sampling.items() if value is not None}
     if chat:

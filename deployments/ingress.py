@@ -43,6 +43,7 @@ class Ingress:
         from magicdec.model_loader import load_tokenizer
 
         self._server = settings.server
+        self._speculation = settings.engine_config().speculation
         self._model_name = settings.model.name
         self._keys = ApiKeys.from_file(settings.server.api_keys_file)
         self._router = router
@@ -142,5 +143,6 @@ class Ingress:
                 max_model_len=replica.max_model_len,
                 vocab_size=replica.vocab_size,
                 max_choices=self._server.max_choices,
+                speculation=self._speculation,
             )
         return self._builder

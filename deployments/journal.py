@@ -1,7 +1,8 @@
 """What the client already has of a request: enough for another replica to go on with it.
 
-Prompt, seed, parameters and emitted token ids are all the state there is: verification makes the
-tokens a function of them, so a resumed stream equals the undisturbed one.
+Prompt, seed, parameters and emitted token ids are all the state there is: under shared noise the
+tokens are a function of them, so a resumed stream equals the undisturbed one. Under optimal
+coupling what is emitted stands too, and the rest is another draw of the same distribution.
 """
 
 from dataclasses import dataclass, field, replace
@@ -75,7 +76,7 @@ class Journal:
         self.deaths += loss.died
         self.resumes += 1
         rounds = replace(self.last, prompt_tokens=0, completion_tokens=0, cached_tokens=0)
-        self.earlier = add_usages([self.earlier, rounds])
+        self.earlier = add_usages([rounds, self.earlier])
         self.last = _NOTHING
         if self.deaths >= MAX_DEATHS:
             raise replica_died_twice()

@@ -8,19 +8,22 @@ from uuid import uuid4
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from magicdec.config import SpeculativeConfig
 from magicdec.deployments.protocol import (
     DEFAULT_COMPLETION_TOKENS,
     ChatCompletionRequest,
     CompletionRequest,
     GenerationBody,
 )
-from magicdec.types import Request, RequestError
+from magicdec.draft_choice import check_speculation
+from magicdec.types import Request, RequestError, SpeculationParams
 
 CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
 
 
 class PromptBuilder:
-    """`max_model_len`: the longest context served, prompt and output, in tokens."""
+    """`max_model_len`: the longest context served, prompt and output, in tokens. `speculation`:
+    what the server's replicas draft, and how much a request may ask of them."""
 
     def __init__(
         self,
@@ -29,11 +32,13 @@ class PromptBuilder:
         max_model_len: int,
         vocab_size: int,
         max_choices: int,
+        speculation: SpeculativeConfig,
     ) -> None:
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
         self._vocab_size = vocab_size
         self._max_choices = max_choices
+        self._speculation = speculation
 
     def completion(self, body: CompletionRequest) -> list[Request]:
         """One request a prompt. Raises RequestError."""
@@ -72,6 +77,8 @@ class PromptBuilder:
         asked: int | None,
         default: int,
     ) -> Request:
+        speculation = body.speculation or SpeculationParams()
+        check_speculation(speculation, self._speculation)
         self._check_ids(param, token_ids)
         self._check_ids("stop_token_ids", tuple(body.stop_token_ids or ()))
         room = self._max_model_len - len(token_ids)
@@ -83,7 +90,7 @@ class PromptBuilder:
         self._check_ids("logit_bias", tuple(token_id for token_id, _ in sampling.logit_bias))
         if param != "stop_token_ids" and not token_ids:
             raise RequestError(f"{param} must hold at least one token", param=param)
-        return Request(f"req-{uuid4().hex}", token_ids, sampling)
+        return Request(f"req-{uuid4().hex}", token_ids, sampling, speculation=speculation)
 
     def _check_ids(self, param: str, token_ids: tuple[int, ...]) -> None:
         if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:

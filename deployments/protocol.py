@@ -3,7 +3,7 @@
 A field is either served, accepted because ignoring it is harmless (`user`, `metadata`, ...), or
 refused with 400 and its name; nothing that changes an answer is ignored. Our extensions are the
 field's usual ones: top_k, min_p, repetition_penalty, min_tokens, ignore_eos, stop_token_ids,
-return_token_ids.
+return_token_ids; and our own `speculation`.
 """
 
 import secrets
@@ -13,7 +13,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 from pydantic_core import PydanticCustomError
 
 from magicdec.deployments.prompt_shape import Prompt, check_prompt
-from magicdec.types import MAX_SEED, RequestError, SamplingParams, check_range
+from magicdec.deployments.speculation_shape import check_speculation_shape
+from magicdec.types import (
+    MAX_SEED,
+    RequestError,
+    SamplingParams,
+    SpeculationParams,
+    check_range,
+)
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
 MAX_LOGIT_BIASES = 300
@@ -39,6 +46,7 @@ OnlyText = Annotated[Any, _refuse_unless({"type": "text"})]
 OnlyTextModality = Annotated[Any, _refuse_unless(["text"])]
 NoTools = Annotated[Any, _refuse_unless([])]
 NoToolChoice = Annotated[Any, _refuse_unless("none")]
+Speculation = Annotated[SpeculationParams | None, PlainValidator(check_speculation_shape)]
 AnyTier = Annotated[Any, _refuse_unless("auto", "default")]
 
 
@@ -75,6 +83,7 @@ class GenerationBody(Body):
     ignore_eos: bool | None = None
     stop_token_ids: list[int] | None = None
     return_token_ids: bool | None = None
+    speculation: Speculation = None
 
     user: str | None = None
     metadata: dict[str, str] | None = None

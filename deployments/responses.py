@@ -90,16 +90,21 @@ def _finish_reason(output: RequestOutput) -> str | None:
 
 
 def usage_body(usages: Sequence[Usage]) -> dict[str, Any]:
-    """Counts summed over the choices; the mean acceptance length includes the bonus token."""
+    """Counts summed over the choices; the mean acceptance length includes the bonus token.
+
+    `drafter` is null where nothing was drafted; choices that differ are joined by a comma.
+    """
     prompt = sum(u.prompt_tokens for u in usages)
     completion = sum(u.completion_tokens for u in usages)
     total = add_usages(usages)
+    drafters = sorted({u.drafter for u in usages if u.drafter is not None})
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": total.cached_tokens},
         "magicdec": {
+            "drafter": ",".join(drafters) or None,
             "rounds": total.num_rounds,
             "drafted": total.num_draft_tokens,
             "accepted": total.num_accepted_tokens,
@@ -109,6 +114,7 @@ def usage_body(usages: Sequence[Usage]) -> dict[str, Any]:
 
 
 def add_usages(usages: Sequence[Usage]) -> Usage:
+    """The sum of the counts; of the drafters the first, so the latest usage comes first."""
     return Usage(
         prompt_tokens=sum(u.prompt_tokens for u in usages),
         completion_tokens=sum(u.completion_tokens for u in usages),
@@ -116,4 +122,5 @@ def add_usages(usages: Sequence[Usage]) -> Usage:
         num_rounds=sum(u.num_rounds for u in usages),
         num_draft_tokens=sum(u.num_draft_tokens for u in usages),
         num_accepted_tokens=sum(u.num_accepted_tokens for u in usages),
+        drafter=next((u.drafter for u in usages if u.drafter is not None), None),
     )

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from magicdec.deployments.embedded_model import resolve_model
+from magicdec.deployments.engine_settings import SpeculationSettings
 from magicdec.deployments.local_ray import check_port, start_local_ray
 from magicdec.deployments.replica_api import ReplicaDescription
 from magicdec.deployments.settings import ServeSettings, StartFailed
@@ -24,7 +25,8 @@ class Server:
 def serve(settings: ServeSettings, console: Console, *, verbose: bool) -> None:
     """Serves until SIGINT or SIGTERM. Raises SettingsError, ModelNotFoundError, StartFailed."""
     check_port(settings.server.host, settings.server.port)
-    resolve_model(settings.model.path)  # here, so that its progress bar and errors are seen
+    for path in settings.model_paths:  # here, so that progress bars and errors are seen
+        resolve_model(path)
     try:
         with console.status(f"Starting {settings.model.name} ..."):
             server = start(settings, show_worker_logs=verbose)
@@ -62,19 +64,14 @@ def stop() -> None:
 
 def summary(settings: ServeSettings, server: Server) -> Table:
     """What was chosen, for the terminal."""
-    replica, speculation, server_settings = server.replica, settings.speculation, settings.server
-    draft = (
-        f"length {speculation.draft_length}, budget {speculation.draft_budget} positions"
-        if speculation.draft_length
-        else "off (draft length 0)"
-    )
+    replica, server_settings = server.replica, settings.server
     rows = {
         "model": f"{settings.model.name} ({settings.model.dtype})",
         "context": f"{replica.max_model_len:,} tokens",
         "replicas": f"{server_settings.num_replicas}, {replica.num_ranks} rank(s) each",
         "attention": replica.attention_backend,
         "KV capacity": f"{replica.kv_capacity_tokens:,} tokens a replica",
-        "draft": draft,
+        "draft": draft_line(settings.speculation),
         "API keys": "required" if server_settings.api_keys_file else "not required",
         "URL": f"{server.url}/v1",
     }
@@ -82,6 +79,15 @@ def summary(settings: ServeSettings, server: Server) -> Table:
     for name, value in rows.items():
         table.add_row(f"[bold]{name}[/bold]", value)
     return table
+
+
+def draft_line(speculation: SpeculationSettings) -> str:
+    """What drafts for a request that asks for nothing."""
+    if not speculation.draft_length:
+        return "off (draft length 0)"
+    budget = speculation.draft_budget
+    read = f"{budget:,} positions" if budget >= 1 else f"{budget:.1%} of the context"
+    return f"{speculation.drafter}, length {speculation.draft_length}, budget {read}"
 
 
 def _stop_on_signals() -> threading.Event:

@@ -1,13 +1,10 @@
-"""The server's settings: where YAML and the command line enter, checked once, frozen from then on.
-
-Defaults of the engine's own fields come from `magicdec/config.py`.
-"""
+"""The server's settings: where YAML and the command line enter, checked once, then frozen."""
 
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from magicdec.config import (
     CacheConfig,
@@ -16,17 +13,16 @@ from magicdec.config import (
     ModelConfig,
     ParallelConfig,
     SchedulerConfig,
-    SelectionConfig,
-    SpeculativeConfig,
 )
-from magicdec.deployments.embedded_model import EMBEDDED_MODEL_NAME
-
-GIB = 1 << 30
-_MODEL = ModelConfig(path=EMBEDDED_MODEL_NAME)
-_CACHE = CacheConfig()
-_SCHEDULER = SchedulerConfig()
-_SPECULATION = SpeculativeConfig()
-_PARALLEL = ParallelConfig()
+from magicdec.deployments.engine_settings import (
+    GIB,
+    CacheSettings,
+    ModelSettings,
+    ParallelSettings,
+    SchedulerSettings,
+    Section,
+    SpeculationSettings,
+)
 
 
 class SettingsError(ValueError):
@@ -35,82 +31,6 @@ class SettingsError(ValueError):
 
 class StartFailed(RuntimeError):
     """The application did not become ready; the message is one line for a person."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-class ModelSettings(Section):
-    path: str = Field(
-        default=_MODEL.path,
-        description="Hugging Face folder, hub id, or the name of the embedded model.",
-    )
-    dtype: str = Field(
-        default=_MODEL.dtype,
-        description="float32 (exact), bfloat16 or float16, of the KV cache and, where the CPU or "
-        "GPU has its arithmetic, of the model.",
-    )
-    max_model_len: int | None = Field(
-        default=_MODEL.max_model_len,
-        description="Longest context in tokens, prompt and output; empty: what the model declares.",
-    )
-    served_name: str | None = Field(
-        default=None, description="The name clients use; empty: the last part of path."
-    )
-
-    @property
-    def name(self) -> str:
-        """What /v1/models lists and requests must name."""
-        return self.served_name or Path(self.path).name
-
-
-class CacheSettings(Section):
-    block_size: int = Field(default=_CACHE.block_size, description="Tokens a KV block.")
-    kv_cache_gib: float = Field(
-        default=_CACHE.kv_cache_bytes / GIB, gt=0, description="KV pool of one rank, in GiB."
-    )
-    num_blocks: int | None = Field(
-        default=_CACHE.num_blocks,
-        description="Size of the KV pool in blocks; overrides kv_cache_gib.",
-    )
-
-
-class SchedulerSettings(Section):
-    max_num_seqs: int = Field(
-        default=_SCHEDULER.max_num_seqs, description="Sequences that one replica runs at once."
-    )
-    max_batch_tokens: int = Field(
-        default=_SCHEDULER.max_batch_tokens,
-        description="Tokens of one step: decode rows with their drafts, then prefill chunks.",
-    )
-
-
-class SpeculationSettings(Section):
-    draft_length: int = Field(
-        default=_SPECULATION.draft_length,
-        description="Tokens drafted a round; 0 is plain decoding.",
-    )
-    draft_budget: float = Field(
-        default=_SPECULATION.draft_budget, description="KV positions that a draft step reads."
-    )
-    num_sink_tokens: int = Field(
-        default=_SPECULATION.selection.num_sink_tokens,
-        description="Of the budget: the first positions of the context, always kept.",
-    )
-
-
-class ParallelSettings(Section):
-    tensor_parallel_size: int = Field(
-        default=_PARALLEL.tensor_parallel_size, description="Ranks that one replica is split over."
-    )
-    num_threads: int | None = Field(
-        default=_PARALLEL.num_threads,
-        description="torch threads a rank; empty: the cores are shared among the ranks.",
-    )
-    use_gpu: bool = Field(
-        default=False, description="Give each rank one GPU; otherwise ranks run on CPUs."
-    )
 
 
 class ServerSettings(Section):
@@ -178,6 +98,12 @@ class ServeSettings(Section):
             raise ValueError(str(error)) from error
         return self
 
+    @property
+    def model_paths(self) -> list[str]:
+        """Every model that an engine loads."""
+        draft_model = self.speculation.draft_model
+        return [self.model.path, *([draft_model] if draft_model else [])]
+
     def engine_config(self) -> EngineConfig:
         """Raises ConfigError naming field, value and limit."""
         return EngineConfig(
@@ -190,13 +116,10 @@ class ServeSettings(Section):
                 block_size=self.cache.block_size,
                 kv_cache_bytes=int(self.cache.kv_cache_gib * GIB),
                 num_blocks=self.cache.num_blocks,
+                prefix_caching=self.cache.prefix_caching,
             ),
             scheduler=SchedulerConfig(**self.scheduler.model_dump()),
-            speculation=SpeculativeConfig(
-                draft_length=self.speculation.draft_length,
-                draft_budget=self.speculation.draft_budget,
-                selection=SelectionConfig(num_sink_tokens=self.speculation.num_sink_tokens),
-            ),
+            speculation=self.speculation.config(),
             parallel=ParallelConfig(
                 tensor_parallel_size=self.parallel.tensor_parallel_size,
                 num_threads=self.parallel.num_threads,

@@ -71,13 +71,70 @@ def gathered_attention(
     return torch.cat(outputs, dim=1)
 
 
-def random_words(seed: int, position: int, num_words: int) -> NDArray[np.uint32]:
+def attention_mass(
+    query: torch.Tensor,  # [num_query_heads, num_rows, head_dim]
+    k_cache: torch.Tensor,  # [num_kv_heads, num_slots, head_dim]
+    layout: PagedLayout,
+    sequence: int,
+    scaling: float,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Row by row and head by head: softmax over the keys up to the row, summed a KV head."""
+    num_rows = query.shape[1]
+    num_keys = layout.context_lens[sequence] + layout.query_lens[sequence]
+    keys = k_cache[:, torch.from_numpy(layout.slots(sequence, 0, num_keys))].float()
+    mass = torch.zeros(k_cache.shape[0], num_keys)
+    for head in range(query.shape[0] if k_cache.shape[0] > 0 else 0):
+        kv_head = head * k_cache.shape[0] // query.shape[0]
+        for row in range(num_rows):
+            visible = num_keys - num_rows + row + 1
+            scores = keys[kv_head, :visible] @ query[head, row].float() * scaling
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            mass[kv_head, :visible] += torch.softmax(scores, dim=0)
+    return mass
+
+
+def select_top(
+    mass: torch.Tensor,  # fp32 [num_kv_heads, num_keys]
+    first: int,
+    stop: int,
+    count: int,
+    pool_size: int = 1,
+    chunk_size: int = 1,
+    coverage: float = 1.0,
+) -> torch.Tensor:
+    """In Python numbers, by sorting. Ties fall to the lower position."""
+    chosen: list[list[int]] = []
+    needed = 1
+    for row in mass.tolist():
+        half = pool_size // 2
+        pooled = [sum(row[max(i - half, 0) : i + half + 1]) / pool_size for i in range(len(row))]
+        starts = range(first, stop - chunk_size + 1, chunk_size)
+        by_mass = sorted(starts, key=lambda i: -sum(pooled[i : i + chunk_size]))
+        best = [i + k for i in by_mass[: max(count, 0) // chunk_size] for k in range(chunk_size)]
+        chosen.append(best)
+        held = sum(row) - sum(row[first:stop])
+        steps = 0
+        while steps < len(best) and held < coverage * sum(row):
+            held += row[best[steps]]
+            steps += 1
+        needed = max(needed, steps)
+    if coverage < 1.0:
+        chosen = [best[:needed] for best in chosen]
+    width = len(chosen[0]) if chosen else 0
+    return torch.tensor(chosen, dtype=torch.long).reshape(len(chosen), width)
+
+
+def random_words(
+    seed: int, position: int, num_words: int, role: int = 0, step: int = 0
+) -> NDArray[np.uint32]:
     """Philox4x64-10 in Python integers: the words that every backend must reproduce bit for bit."""
     words: list[int] = []
     block = 0
     while len(words) < num_words:
         block += 1
-        for word in _philox4x64((block, position, 0, 0), (seed, 0)):
+        for word in _philox4x64((block, position, role, step), (seed, 0)):
             words += [word & 0xFFFFFFFF, word >> 32]
     return np.array(words[:num_words], dtype=np.uint32)
 

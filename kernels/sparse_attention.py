@@ -7,15 +7,16 @@ from magicdec.kernels import reference
 
 def gather_view(
     cache: torch.Tensor,  # [num_kv_heads, num_slots, head_dim]
-    slots: torch.Tensor,  # [batch, num_keys]
+    slots: torch.Tensor,  # [num_kv_heads, batch, num_keys], head * num_slots + slot
 ) -> torch.Tensor:
-    """Copies the view once a round; the draft steps then read it in place.
+    """Copies the view once a round, each head's own; the draft steps then read it in place.
 
     Returns [num_kv_heads, batch, num_keys, head_dim].
     """
-    batch, num_keys = slots.shape
-    gathered = cache.index_select(1, slots.reshape(-1))
-    return gathered.view(cache.shape[0], batch, num_keys, cache.shape[2])
+    num_kv_heads, num_slots, head_dim = cache.shape
+    by_slot = cache.view(num_kv_heads * num_slots, head_dim)
+    gathered = by_slot.index_select(0, slots.flatten())
+    return gathered.view(*slots.shape, head_dim)
 
 
 def gathered_attention(

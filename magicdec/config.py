@@ -140,11 +140,13 @@ class SpeculativeConfig:
         check_at_most("draft_length", self.draft_length, self.max_draft_length)
         check_share("max_view_share", self.max_view_share)
         check_at_most("draft_budget", self.draft_budget, self.max_draft_budget)
+        least = self.least_draft_budget(self.draft_length)
         if self.draft_budget >= 1:
-            least = self.least_draft_budget(self.draft_length)
             check_at_least("draft_budget", self.draft_budget, least)
         else:
             check_share("draft_budget", self.draft_budget)
+        if self.draft_model is not None and self.draft_model.window is not None:
+            check_at_least("draft_model_window", self.draft_model.window, least)
 
     def least_draft_budget(self, draft_length: int) -> int:
         """The sink, the recent positions and the round's own tokens."""

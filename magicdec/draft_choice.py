@@ -33,7 +33,7 @@ def check_speculation(params: SpeculationParams, config: SpeculativeConfig) -> N
     """Raises RequestError naming the field, its value and the server's limit."""
     if params.drafter is not None and params.drafter not in (AUTO, *DRAFTERS):
         names = ", ".join((AUTO, *DRAFTERS))
-        _refuse("drafter", f"must be one of {names}, got {params.drafter!r}")
+        _refuse("drafter", f"must be one of {names}, got {params.drafter[:40]!r}")
     if params.drafter == "draft_model" and config.draft_model is None:
         _refuse("drafter", "draft_model is not served: this server has no draft model")
     length, budget = params.draft_length, params.draft_budget
@@ -41,12 +41,12 @@ def check_speculation(params: SpeculationParams, config: SpeculativeConfig) -> N
         _refuse("draft_length", f"must be between 0 and {config.max_draft_length}, got {length}")
     if budget is None:
         return
-    if budget >= 1 and budget != int(budget):
-        _refuse("draft_budget", f"must be whole, or a share of the context below 1, got {budget}")
     if not 0 < budget <= config.max_draft_budget:
         _refuse(
             "draft_budget", f"must be above 0 and at most {config.max_draft_budget}, got {budget}"
         )
+    if budget >= 1 and budget != int(budget):
+        _refuse("draft_budget", f"must be whole, or a share of the context below 1, got {budget}")
     least = config.least_draft_budget(config.draft_length if length is None else length)
     if 1 <= budget < least:
         _refuse(

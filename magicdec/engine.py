@@ -189,6 +189,8 @@ class Engine:
         stats.num_steps += 1
         stats.num_rounds += any(s.is_decode_row for s in batch.sequences)
         stats.num_preemptions = self._scheduler.num_preemptions
+        stats.num_prompt_tokens = self._scheduler.num_prompt_tokens
+        stats.num_cached_tokens = self._scheduler.num_cached_tokens
         stats.draft_seconds += result.draft_seconds
         stats.verify_seconds += result.verify_seconds
         for share, outcome in zip(batch.sequences, result.sequences, strict=True):

@@ -20,8 +20,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from magicdec.attention import ATTENTION_NAME, UnsupportedModel, register_attention
-from magicdec.config import ModelConfig
+from magicdec.attention import (
+    ATTENTION_NAME,
+    AttentionContext,
+    UnsupportedModel,
+    register_attention,
+)
+from magicdec.config import ConfigError, EngineConfig, ModelConfig
 from magicdec.kv_cache import LayerSpec
 
 logger = logging.getLogger(__name__)
@@ -45,6 +50,25 @@ class LoadedModel:
     vocab_size: int
     kv_dtype: torch.dtype
     device: torch.device
+
+    def forward(
+        self,
+        token_ids: torch.Tensor,  # [num_rows]
+        positions: torch.Tensor,  # [num_rows]
+        attention: AttentionContext,
+        keep: torch.Tensor | None = None,  # [num_kept] rows whose logits are wanted; None: all
+    ) -> torch.Tensor:
+        """Logits [num_kept, vocab_size] of one packed forward."""
+        keep = torch.arange(len(token_ids)) if keep is None else keep
+        output = self.module(
+            input_ids=token_ids[None].to(self.device),
+            position_ids=positions[None].to(self.device),
+            use_cache=False,
+            logits_to_keep=keep.to(self.device),
+            attention_context=attention,
+        )
+        logits: torch.Tensor = output.logits[0]
+        return logits
 
 
 class _Probe:
@@ -111,6 +135,44 @@ def load_model(config: ModelConfig, device: torch.device) -> LoadedModel:
         attn_implementation="eager",
     )
     return describe_model(module.to(device), config.dtype)
+
+
+def load_draft_model(config: EngineConfig, device: torch.device) -> LoadedModel | None:
+    """The whole draft model on this rank's device, sharded target or not; None: none is set.
+
+    Raises ConfigError where it cannot draft for the target: another vocabulary, or fewer positions
+    than are served.
+    """
+    draft = config.speculation.draft_model
+    if draft is None:
+        return None
+    target = config.model
+    served = target.max_model_len or read_model_facts(target.path).max_position_embeddings
+    limit = read_model_facts(draft.path).max_position_embeddings
+    if limit < served:
+        raise ConfigError(
+            f"draft model {draft.path} has {limit} positions, fewer than the {served} that "
+            f"{target.path} is served with; lower max_model_len or take another draft model"
+        )
+    _refuse_another_vocabulary(target.path, draft.path)
+    return load_model(ModelConfig(draft.path, target.dtype), device)
+
+
+def _refuse_another_vocabulary(target: str, draft: str) -> None:
+    """Drafted ids must mean the target's tokens. Logits may be padded differently."""
+    words, others = load_tokenizer(target).get_vocab(), load_tokenizer(draft).get_vocab()
+    differing = [
+        word for word in words.keys() | others.keys() if words.get(word) != others.get(word)
+    ]
+    if not differing:
+        return
+    ids = {word: words.get(word, others.get(word, 0)) for word in differing}
+    first = min(differing, key=lambda word: (ids[word], word))
+    raise ConfigError(
+        f"draft model {draft} has another vocabulary than {target}: {len(differing)} tokens "
+        f"differ, first {first!r} (id {words.get(first)} in the target, {others.get(first)} in the "
+        "draft)"
+    )
 
 
 def compute_dtype(dtype: str, device: torch.device) -> torch.dtype:

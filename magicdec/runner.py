@@ -9,13 +9,14 @@ from magicdec.attention import AttentionContext, PagedAttention, row_positions
 from magicdec.batch import Batch, ScheduledSequence, SequenceResult, StepResult
 from magicdec.config import EngineConfig
 from magicdec.drafters.base import Drafter
-from magicdec.drafters.self_draft import SelfDrafter
+from magicdec.drafters.build import build_drafters, num_blocks_beside_draft
+from magicdec.drafters.draft_model import DraftModel
 from magicdec.kernels.dispatch import select_backend
 from magicdec.kernels.paged_layout import PagedLayout
-from magicdec.kv_cache import PagedKVCache, num_affordable_blocks
-from magicdec.model_loader import LoadedModel, load_model, read_model_facts
+from magicdec.kv_cache import PagedKVCache
+from magicdec.model_loader import LoadedModel, load_draft_model, load_model, read_model_facts
 from magicdec.sampler import Proposal, Sampler, SamplerRow
-from magicdec.verification import SharedNoise, VerificationRule
+from magicdec.verification import VerificationRule, verification_rule
 
 
 class ModelRunner:
@@ -28,10 +29,13 @@ class ModelRunner:
     def __init__(self, model: LoadedModel, config: EngineConfig) -> None:
         self._model = model
         self._config = config
-        self._rule: VerificationRule = SharedNoise(
-            Sampler(read_model_facts(config.model.path).eos_token_ids)
-        )
+        sampler = Sampler(read_model_facts(config.model.path).eos_token_ids)
+        self._rule: VerificationRule = verification_rule(config.speculation.verification, sampler)
         self._backend = select_backend(model.device, model.kv_dtype)
+        draft = load_draft_model(config, model.device)
+        self._draft_model = (
+            None if draft is None else DraftModel(draft.forward, draft.layers, draft.vocab_size)
+        )
         self._cache: PagedKVCache | None = None
         self._drafters: dict[str, Drafter] = {}
 
@@ -57,7 +61,10 @@ class ModelRunner:
         return self._cache
 
     def num_affordable_blocks(self) -> int:
-        return num_affordable_blocks(self._model.layers, self._model.kv_dtype, self._config.cache)
+        model = self._model
+        return num_blocks_beside_draft(
+            model.layers, self._draft_model, model.kv_dtype, self._config
+        )
 
     def allocate_cache(self, num_blocks: int) -> None:
         """Every rank gets the same count: one block table serves them all."""
@@ -65,14 +72,15 @@ class ModelRunner:
         self._cache = PagedKVCache(
             model.layers, self._config.cache.block_size, num_blocks, model.kv_dtype, model.device
         )
-        self_drafter = SelfDrafter(
+        self._drafters = build_drafters(
             self.forward,
             self._rule.propose,
             self._cache,
             self._backend,
-            self._config.speculation.selection,
+            self._config,
+            model.vocab_size,
+            self._draft_model,
         )
-        self._drafters = {"streaming": self_drafter}
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> StepResult:
@@ -135,17 +143,7 @@ class ModelRunner:
         keep: torch.Tensor | None = None,  # [num_kept] rows whose logits are wanted; None: all
     ) -> torch.Tensor:
         """Logits [num_kept, vocab_size] of one packed forward."""
-        device = self._model.device
-        keep = torch.arange(len(token_ids)) if keep is None else keep
-        output = self._model.module(
-            input_ids=token_ids[None].to(device),
-            position_ids=positions[None].to(device),
-            use_cache=False,
-            logits_to_keep=keep.to(device),
-            attention_context=attention,
-        )
-        logits: torch.Tensor = output.logits[0]
-        return logits
+        return self._model.forward(token_ids, positions, attention, keep)
 
 
 def _pack(

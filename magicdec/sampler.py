@@ -6,13 +6,14 @@ depends on the logits, the request's parameters and its seed, and on nothing of 
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from magicdec.batch import ScheduledSequence
-from magicdec.kernels.gumbel import gumbel_noise, random_words
+from magicdec.kernels.gumbel import Role, gumbel_noise, random_words, uniforms
 from magicdec.types import SamplingParams
 
 # Noise lies in [-3.2, 22.9]: an entry further than that spread below the top cannot win.
@@ -28,6 +29,7 @@ class SamplerRow:
     position: int
     history: NDArray[np.int64] | None  # all tokens before it, where penalties need them
     num_prompt_tokens: int
+    num_drafted: int = 0  # of the tokens before it, this round's drafts
 
     @classmethod
     def after(cls, sequence: ScheduledSequence, drafted: tuple[int, ...]) -> "SamplerRow":
@@ -37,7 +39,8 @@ class SamplerRow:
         if history is not None and drafted:
             history = np.concatenate([history, np.array(drafted, dtype=history.dtype)])
         position = sequence.num_tokens + len(drafted)
-        return cls(sequence.sampling, position, history, sequence.num_prompt_tokens)
+        prompt = sequence.num_prompt_tokens
+        return cls(sequence.sampling, position, history, prompt, num_drafted=len(drafted))
 
     @property
     def num_output_tokens(self) -> int:
@@ -84,10 +87,19 @@ class Sampler:
         sampling = row.sampling
         if sampling.temperature == 0.0:
             return int(scores.argmax())
-        candidates = torch.nonzero(scores >= scores.max() - _NOISE_SPREAD).squeeze(-1).numpy()
-        words = random_words(sampling.seed, row.position, len(scores))[candidates]
-        perturbed = scores.numpy()[candidates].astype(np.float64) + gumbel_noise(words)
+        return self.choose(scores.numpy(), row, Role.SHARED)
+
+    def choose(self, scores: NDArray[np.floating[Any]], row: SamplerRow, role: Role) -> int:
+        """One draw from the law exp(scores), [vocab_size], up to a constant; never an entry at
+        -inf. The draw is a function of the row's seed and position, and of the role."""
+        candidates = np.flatnonzero(scores >= scores.max() - _NOISE_SPREAD)
+        words = _words(row, role, len(scores))[candidates]
+        perturbed = scores[candidates].astype(np.float64) + gumbel_noise(words)
         return int(candidates[np.argmax(perturbed)])
+
+    def uniform(self, row: SamplerRow, role: Role) -> float:
+        """The row's number in (0, 1) of a role that asks for one."""
+        return float(uniforms(_words(row, role, 1))[0])
 
     def process(self, scores: torch.Tensor, row: SamplerRow) -> torch.Tensor:
         """Penalties, bias, min_tokens, temperature, top-k, top-p, min-p; removed entries are -inf.
@@ -118,6 +130,14 @@ class Sampler:
         if sampling.min_p > 0.0:
             scores[scores < scores.max() + float(np.log(sampling.min_p))] = float("-inf")
         return scores
+
+
+def _words(row: SamplerRow, role: Role, num_words: int) -> NDArray[np.uint32]:
+    """Proposals alone come from a new stream each round: a position may be drafted again after a
+    rejection, by a drafter that has seen what its first draft there led to. Every other role
+    draws once a position, or wants the same draw again."""
+    step = row.num_drafted if role is Role.PROPOSE else 0
+    return random_words(row.sampling.seed, row.position, num_words, role, step)
 
 
 def _penalize(scores: torch.Tensor, row: SamplerRow) -> None:

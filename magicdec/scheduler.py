@@ -2,7 +2,7 @@
 
 There is no prefill phase and no decode phase: a sequence has num_computed_tokens catching up with
 its tokens, one row behind while it decodes. Chunked prefill, resuming after preemption and decoding
-are that one rule.
+are that one rule. A prefix that is in the cache already is a num_computed_tokens to start from.
 """
 
 import itertools
@@ -15,6 +15,7 @@ from magicdec.batch import Batch, DraftChoice, Plan, ScheduledSequence, StepResu
 from magicdec.block_pool import BlockPool
 from magicdec.config import OBSERVATION_WINDOW, EngineConfig
 from magicdec.draft_choice import choose_draft
+from magicdec.prefix_cache import PrefixCache
 from magicdec.types import Sequence, SequenceStatus
 
 
@@ -30,7 +31,12 @@ class Scheduler:
         self._released: list[int] = []  # ids of stays that ended since the last step
         self._sequence_ids = itertools.count()
         self.num_preemptions = 0
+        self.num_prompt_tokens = 0  # of sequences admitted for the first time
+        self.num_cached_tokens = 0  # of these, found in the prefix cache
         self.pool = BlockPool(num_blocks)
+        self._prefix_cache = PrefixCache(
+            self.pool, config.cache.block_size, config.cache.prefix_caching
+        )
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # by arrival
 
@@ -40,6 +46,8 @@ class Scheduler:
     def schedule(self, plan: Plan) -> Batch:
         """Decode rows first, then prefill chunks with what is left of the token budget."""
         self._scheduled = []
+        for sequence in self.running:
+            self._prefix_cache.register(sequence)
         scheduled: list[ScheduledSequence] = []
         budget = self._config.max_batch_tokens
         decoding = [s for s in self.running if s.num_uncomputed_tokens == 1]
@@ -91,17 +99,19 @@ class Scheduler:
         del sequence.block_table[needed:]
 
     def finish(self, sequence: Sequence) -> None:
-        """Takes a sequence out of its queue and frees its blocks at once."""
+        """Takes a sequence out of its queue and gives back its blocks at once."""
         if sequence.status is SequenceStatus.RUNNING:
             self.running.remove(sequence)
-            self._free(sequence)
+            self._release(sequence)
         elif sequence.status is SequenceStatus.WAITING:
             self.waiting.remove(sequence)
         sequence.status = SequenceStatus.FINISHED
 
     def check_integrity(self) -> None:
-        """Raises AssertionError when a block is lost, shared or held by a sequence not running."""
+        """Raises AssertionError when a block is lost, wrongly shared or held by a sequence not
+        running."""
         self.pool.check_integrity(s.block_table for s in self.running)
+        self._prefix_cache.check_integrity(self.running)
         for sequence in self.running:
             held = len(sequence.block_table) * self._block_size
             assert held >= sequence.num_computed_tokens, "computed tokens without a block"
@@ -175,16 +185,25 @@ class Scheduler:
         return draft_length
 
     def _admit(self) -> Sequence | None:
-        """Moves the oldest waiting sequence to running, with blocks for all of its tokens."""
+        """Moves the oldest waiting sequence to running, with blocks for all of its tokens: those
+        that hold its prefix already, and new ones."""
         if not self.waiting or len(self.running) >= self._config.max_num_seqs:
             return None
         sequence = self.waiting[0]
+        cached = self._prefix_cache.match(sequence)
         needed = self._num_blocks(len(sequence.token_ids) + 1)
+        # Cached blocks that others hold cost nothing; idle ones are among num_free.
+        taken = needed - self.pool.num_referenced(cached)
         # Room for the others' next block keeps a newcomer from being preempted at once.
-        if needed + len(self.running) > self.pool.num_free and self.running:
+        if taken + len(self.running) > self.pool.num_free and self.running:
             return None
         self.waiting.popleft()
-        sequence.block_table = self.pool.allocate(needed)
+        self.pool.share(cached)
+        after = cached[-1] if cached else None
+        sequence.block_table = cached + self.pool.allocate(needed - len(cached), after)
+        sequence.num_computed_tokens = len(cached) * self._block_size
+        sequence.num_registered_blocks = len(cached)
+        self._count_cached(sequence)
         sequence.status = SequenceStatus.RUNNING
         sequence.sequence_id = next(self._sequence_ids)
         self.running.append(sequence)
@@ -192,18 +211,25 @@ class Scheduler:
         return sequence
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Back to the head of the queue; its tokens are computed again when it returns."""
+        """Back to the head of the queue; what the cache loses is computed again when it returns."""
         self.running.remove(sequence)
-        self._free(sequence)
+        self._release(sequence)
         sequence.num_computed_tokens = 0
         self.num_preemptions += 1
         sequence.status = SequenceStatus.WAITING
         self.waiting.appendleft(sequence)
 
-    def _free(self, sequence: Sequence) -> None:
+    def _release(self, sequence: Sequence) -> None:
         self._released.append(sequence.sequence_id)
-        self.pool.free(sequence.block_table)
-        sequence.block_table = []
+        self._prefix_cache.release(sequence)
+
+    def _count_cached(self, sequence: Sequence) -> None:
+        """Only a first admission counts: what a preempted sequence finds is its own."""
+        if sequence.num_cached_tokens is None:
+            num_prompt = sequence.num_prompt_tokens
+            sequence.num_cached_tokens = min(sequence.num_computed_tokens, num_prompt)
+            self.num_prompt_tokens += num_prompt
+            self.num_cached_tokens += sequence.num_cached_tokens
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)

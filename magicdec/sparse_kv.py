@@ -1,17 +1,25 @@
-"""What the draft may look at: logical positions of a sequence, mapped to slots once a round."""
+"""What the draft may look at: logical positions of a sequence, chosen within a budget.
 
-from dataclasses import dataclass
+    position   0 ....... | ............................ | ............ context_len-1
+               sink      |  selected: by attention mass |  recent window
+
+`streaming` has no selection and gives its share to the recent window. A selection is a snapshot:
+tokens that came after it join the recent window until the next one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from magicdec.kernels.dispatch import AttentionBackend
+from magicdec.batch import ScheduledSequence
+from magicdec.config import OBSERVATION_WINDOW, SelectionConfig
 from magicdec.kernels.paged_layout import PagedLayout
-from magicdec.kernels.sparse_attention import gather_view
-from magicdec.kv_cache import PagedKVCache
+from magicdec.kernels.selection import attention_mass, select_top
 
-_PADDING = -1  # the position of a column that no row sees
+_POOL_SIZE = 5  # SnapKV's average over neighbours (MagicDec section 5)
 
 
 def select_streaming(
@@ -30,107 +38,126 @@ def select_streaming(
     return np.concatenate([np.arange(num_sink_tokens), recent])
 
 
-@dataclass(frozen=True, slots=True)
-class _View:
-    """One selection, shared by every layer with the same window.
+def layer_budget(config: SelectionConfig, layer: int, draft_budget: int) -> int:
+    """KV positions that a draft step reads in one layer."""
+    if layer < config.num_first_layers:
+        return int(draft_budget * config.first_layers_factor)
+    return draft_budget
 
-    column      0 ............ num_selected-1 | num_selected .. num_selected+draft_length-1
-    holds       selected positions, padded    | the round's own tokens, one a draft step
+
+@dataclass(slots=True)
+class Selection:
+    """The keys that one sequence's attention weighed most when it was observed.
+
+    They lie in num_sink_tokens .. observed_len - num_recent_tokens - 1. `slots` index a layer's
+    pages with the heads laid end to end: head * num_slots + slot.
     """
 
-    positions: torch.Tensor  # [batch, num_columns]
-    slots: torch.Tensor  # [batch, num_columns]
-    sliding_window: int | None
+    observed_len: int  # tokens of the sequence then
+    slots: dict[int, torch.Tensor] = field(default_factory=dict)  # [num_kv_heads, n], best first
+
+    def num_recent(self, config: SelectionConfig, context_len: int, num_keys: int) -> int:
+        """The recent window, grown by the tokens since, up to half of what the sink leaves."""
+        grown = config.num_recent_tokens + context_len - self.observed_len
+        most = (num_keys - config.num_sink_tokens) // 2
+        return max(min(grown, most), config.num_recent_tokens)
 
 
-class DraftAttention:
-    """The attention context of one round's draft steps.
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """The last rows of one sequence in a verify forward, and how to choose by their attention."""
 
-    The selected K/V are copied once into a compact view; each draft step appends its own rows to
-    the copy. Nothing is written to the pages: the verify pass computes those K/V again, in full.
+    index: int  # in the layout
+    num_rows: int
+    draft_budget: int
+    pool_size: int
+    chunk_size: int
+    coverage: float
+    selection: Selection  # filled layer by layer
+
+
+def observe_prompt(index: int, sequence: ScheduledSequence) -> Observation:
+    """SnapKV (arXiv 2404.14469): the last rows of the prompt. The scheduler keeps a last chunk
+    from having fewer of them than the window, unless the whole prompt does."""
+    assert sequence.draft is not None
+    return Observation(
+        index,
+        num_rows=min(OBSERVATION_WINDOW, len(sequence.token_ids)),
+        draft_budget=sequence.draft.draft_budget,
+        pool_size=_POOL_SIZE,
+        chunk_size=1,
+        coverage=1.0,
+        selection=Selection(sequence.num_tokens),
+    )
+
+
+def observe_round(
+    index: int, sequence: ScheduledSequence, num_rows: int, config: SelectionConfig
+) -> Observation:
+    """The rows of a verify pass, drafts that will be rejected included (Vegas, arXiv 2602.07223;
+    PillarAttn, arXiv 2512.01278)."""
+    assert sequence.draft is not None
+    return Observation(
+        index,
+        num_rows=num_rows,
+        draft_budget=sequence.draft.draft_budget,
+        pool_size=1,
+        chunk_size=config.chunk_size,
+        coverage=config.coverage,
+        selection=Selection(sequence.num_tokens),
+    )
+
+
+class SelectionObserver:
+    """Scores the observed rows against all of their keys, layer by layer, and keeps the best.
+
+    Sliding-window layers draft over the recent part of their own window instead.
     """
 
     def __init__(
-        self,
-        cache: PagedKVCache,
-        layout: PagedLayout,  # context_lens: positions whose K/V are in the pages
-        backend: AttentionBackend,
-        draft_length: int,
-        draft_budget: int,
-        num_sink_tokens: int,
+        self, observations: Sequence[Observation], layout: PagedLayout, config: SelectionConfig
     ) -> None:
-        self._cache = cache
+        self._observations = observations
         self._layout = layout
-        self._backend = backend
-        self._draft_length = draft_length
-        self._num_keys = draft_budget - draft_length
-        self._num_sink_tokens = num_sink_tokens
-        self._views: dict[int | None, _View] = {}
-        self._kv: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._masks: dict[int | None, torch.Tensor] = {}
-        self._step = -1
-        self._device = cache.k[0].device
-        self._context_lens = torch.tensor(layout.context_lens, device=self._device)
+        self._config = config
+        self._row_stops = np.cumsum(layout.query_lens)
 
-    def begin_step(self, step: int) -> torch.Tensor:
-        """Moves to draft step 0, 1, ...; returns the rows' absolute positions, [batch]."""
-        self._step = step
-        self._masks = {}
-        return torch.tensor(self._layout.context_lens) + step
-
-    def attend(
+    def observe(
         self,
         layer: int,
-        query: torch.Tensor,  # [num_query_heads, batch, head_dim]
-        key: torch.Tensor,  # [num_kv_heads, batch, head_dim]
-        value: torch.Tensor,
+        query: torch.Tensor,  # [num_query_heads, num_rows, head_dim]
+        k_cache: torch.Tensor,  # [num_kv_heads, num_slots, head_dim]
         *,
         scaling: float,
         sliding_window: int | None,
         softcap: float | None,
-    ) -> torch.Tensor:
-        view = self._views.get(sliding_window)
-        if view is None:
-            view = self._views[sliding_window] = self._select(sliding_window)
-        if layer not in self._kv:
-            k_cache, v_cache = self._cache.k[layer], self._cache.v[layer]
-            self._kv[layer] = gather_view(k_cache, view.slots), gather_view(v_cache, view.slots)
-        k_view, v_view = self._kv[layer]
-        column = k_view.shape[2] - self._draft_length + self._step
-        k_view[:, :, column] = key
-        v_view[:, :, column] = value
-        mask = self._mask(view, k_view.dtype)
-        narrow = query.to(k_view.dtype)  # the module may compute wider than the cache
-        output = self._backend.gathered(narrow, k_view, v_view, mask, scaling, softcap)
-        return output.to(query.dtype)
+    ) -> None:
+        """See AttentionObserver."""
+        if sliding_window is not None:
+            return
+        for observation in self._observations:
+            stop = observation.selection.observed_len - self._config.num_recent_tokens
+            end = int(self._row_stops[observation.index])
+            rows = query[:, end - observation.num_rows : end]
+            mass = attention_mass(rows, k_cache, self._layout, observation.index, scaling, softcap)
+            budget = layer_budget(self._config, layer, observation.draft_budget)
+            first = self._config.num_sink_tokens
+            positions = select_top(
+                mass,
+                first,
+                max(stop, first),
+                budget - first - self._config.num_recent_tokens,
+                observation.pool_size,
+                observation.chunk_size,
+                observation.coverage,
+            )
+            observation.selection.slots[layer] = self._flat_slots(
+                positions, observation.index, k_cache.shape[1]
+            )
 
-    def _select(self, sliding_window: int | None) -> _View:
-        selected = [
-            select_streaming(n, self._num_keys, self._num_sink_tokens, sliding_window)
-            for n in self._layout.context_lens
-        ]
-        num_selected = max(len(s) for s in selected)
-        shape = (len(selected), num_selected + self._draft_length)
-        positions = np.full(shape, _PADDING, dtype=np.int64)
-        slots = np.zeros(shape, dtype=np.int64)
-        for i, chosen in enumerate(selected):
-            table, size = self._layout.block_tables[i], self._layout.block_size
-            positions[i, : len(chosen)] = chosen
-            slots[i, : len(chosen)] = table[chosen // size] * size + chosen % size
-            start = self._layout.context_lens[i]
-            positions[i, num_selected:] = np.arange(start, start + self._draft_length)
-        on_device = [torch.from_numpy(array).to(self._device) for array in (positions, slots)]
-        return _View(on_device[0], on_device[1], sliding_window)
-
-    def _mask(self, view: _View, dtype: torch.dtype) -> torch.Tensor:
-        """Additive [batch, num_columns]: -inf for padding, for columns not yet written, and
-        beyond the window."""
-        if view.sliding_window not in self._masks:
-            row = (self._context_lens + self._step)[:, None]
-            visible = (view.positions >= 0) & (view.positions <= row)
-            if view.sliding_window is not None:
-                visible &= row - view.positions < view.sliding_window
-            mask = torch.zeros(visible.shape, dtype=dtype, device=self._device)
-            mask.masked_fill_(~visible, float("-inf"))
-            self._masks[view.sliding_window] = mask
-        return self._masks[view.sliding_window]
+    def _flat_slots(self, positions: torch.Tensor, sequence: int, num_slots: int) -> torch.Tensor:
+        """[num_kv_heads, n] -> indices into the pages with the heads laid end to end."""
+        size = self._layout.block_size
+        table = torch.from_numpy(self._layout.block_tables[sequence]).to(positions.device)
+        heads = torch.arange(len(positions), device=positions.device)[:, None]
+        return heads * num_slots + table[positions // size] * size + positions % size

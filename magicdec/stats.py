@@ -9,17 +9,23 @@ class EngineLoad:
 
     num_running: int
     num_waiting: int
-    free_kv_tokens: int
+    free_kv_tokens: int  # can be had: what the prefix cache would give up counts
     total_kv_tokens: int
 
 
 @dataclass(slots=True)
 class EngineStats:
-    """Rounds are steps with at least one decode row; a round's tokens exclude prefill's first."""
+    """Rounds are steps with at least one decode row; a round's tokens exclude prefill's first.
+
+    Prompt tokens count when a request is first admitted, and are cached or will be prefilled. What
+    is computed again after a preemption counts as prefilled alone.
+    """
 
     num_steps: int = 0
     num_rounds: int = 0
     num_prefill_tokens: int = 0
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
     num_decode_rows: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
@@ -33,3 +39,8 @@ class EngineStats:
         if self.num_decode_rows == 0:
             return 0.0
         return 1.0 + self.num_accepted_tokens / self.num_decode_rows
+
+    @property
+    def prefix_hit_rate(self) -> float:
+        """The share of prompt tokens that the prefix cache served; 0 before the first."""
+        return self.num_cached_tokens / max(self.num_prompt_tokens, 1)

@@ -145,15 +145,16 @@ class Usage:
     """Token counts of one request up to now.
 
     A round is one verify pass over a decode row, with or without a draft; the first token comes
-    from the prefill and belongs to none.
+    from the prefill and belongs to none. `drafter` drafted for it last; None: nothing was drafted.
     """
 
     prompt_tokens: int
     completion_tokens: int
-    cached_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt, in the prefix cache when first admitted
     num_rounds: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+    drafter: str | None = None
 
     @property
     def mean_acceptance_length(self) -> float:
@@ -182,7 +183,8 @@ class Sequence:
         KV          |<-- num_computed_tokens -->|  still to be computed: 1 for a decode row
 
     Blocks in `block_table` cover at least the computed tokens; a preempted sequence has none and
-    num_computed_tokens 0, so resuming, preemption and chunked prefill are one path.
+    num_computed_tokens 0, so resuming, preemption and chunked prefill are one path. Other
+    sequences may hold blocks below num_computed_tokens too (prefix_cache.py).
     """
 
     request: Request
@@ -191,10 +193,14 @@ class Sequence:
     sequence_id: int = 0  # of this stay in the running set
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)  # of its first full blocks
+    num_registered_blocks: int = 0  # of block_table, known to the prefix cache
+    num_cached_tokens: int | None = None  # of the prompt, found when it was first admitted
     status: SequenceStatus = SequenceStatus.WAITING
     num_rounds: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+    drafter: str | None = None  # who drafted for it last
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -212,7 +218,9 @@ class Sequence:
         return Usage(
             prompt_tokens=self.num_prompt_tokens,
             completion_tokens=self.num_output_tokens,
+            cached_tokens=self.num_cached_tokens or 0,
             num_rounds=self.num_rounds,
             num_draft_tokens=self.num_draft_tokens,
             num_accepted_tokens=self.num_accepted_tokens,
+            drafter=self.drafter,
         )

@@ -5,13 +5,19 @@ position (drafter-invariant speculative decoding, arXiv 2408.07978; temperature 
 draft that equals the target's own choice is that choice, and the first one that differs is replaced
 by it; so the emitted tokens are the target's autoregressive sample of that seed, whatever was
 drafted.
+
+Optimal coupling: rejection sampling of a draft whose law is known. It accepts more, and keeps the
+target's law but not the sample.
 """
 
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from magicdec.kernels.gumbel import Role
 from magicdec.sampler import Proposal, Sampler, SamplerRow
 
 
@@ -52,6 +58,95 @@ class SharedNoise:
             accept([p.token_id for p in draft], [next(chosen) for _ in range(len(draft) + 1)])
             for draft in drafts
         ]
+
+
+class OptimalCoupling:
+    """Accept x ~ q with probability min(1, p(x) / q(x)); replace the first rejected token by a draw
+    from norm(max(p - q, 0)) (arXiv 2211.17192, 2302.01318).
+
+    Accepts with probability sum(min(p, q)), which no rule exceeds. The price: which tokens come
+    depends on where rounds begin and on what was drafted, so that a seed gives the same tokens only
+    under the same draft lengths, budgets and drafter, and a stream that resumes on another
+    replica goes on with the right law but other tokens. At temperature 0 the tokens are plain
+    decoding's.
+    """
+
+    def __init__(self, sampler: Sampler) -> None:
+        self._sampler = sampler
+
+    def propose(self, logits: torch.Tensor, rows: list[SamplerRow]) -> list[Proposal]:
+        """See VerificationRule.propose. Sampled drafts keep their law."""
+        return [self._propose(logits[i : i + 1], row) for i, row in enumerate(rows)]
+
+    def _propose(self, logits: torch.Tensor, row: SamplerRow) -> Proposal:
+        if row.sampling.temperature == 0.0:
+            return Proposal(self._sampler.sample(logits, [row])[0])
+        scores = self._sampler.process(logits[0].float().cpu(), row)
+        return Proposal(self._sampler.choose(scores.numpy(), row, Role.PROPOSE), scores)
+
+    def verify(
+        self, logits: torch.Tensor, rows: list[SamplerRow], drafts: list[tuple[Proposal, ...]]
+    ) -> list[tuple[int, ...]]:
+        """See VerificationRule.verify."""
+        emitted, start = [], 0
+        for draft in drafts:
+            stop = start + len(draft) + 1
+            emitted.append(self._judge(logits[start:stop], rows[start:stop], draft))
+            start = stop
+        return emitted
+
+    def _judge(
+        self, logits: torch.Tensor, rows: list[SamplerRow], draft: tuple[Proposal, ...]
+    ) -> tuple[int, ...]:
+        """One draft's round; rows after the first rejection are never looked at."""
+        token_ids = tuple(proposal.token_id for proposal in draft)
+        if rows[0].sampling.temperature == 0.0:
+            return accept(token_ids, self._sampler.sample(logits, rows))
+        for i, proposal in enumerate(draft):
+            p = probabilities(self._sampler.process(logits[i].float().cpu(), rows[i]))
+            q = _draft_law(proposal, len(p))
+            uniform = self._sampler.uniform(rows[i], Role.ACCEPT)
+            if uniform * q[proposal.token_id] >= p[proposal.token_id]:
+                return (*token_ids[:i], self._recover(residual(p, q), rows[i]))
+        return (*token_ids, self._bonus(logits[len(draft)], rows[len(draft)]))
+
+    def _recover(self, weights: NDArray[np.float64], row: SamplerRow) -> int:
+        with np.errstate(divide="ignore"):
+            scores = np.log(weights)
+        return self._sampler.choose(scores, row, Role.RECOVER)
+
+    def _bonus(self, logits: torch.Tensor, row: SamplerRow) -> int:
+        scores = self._sampler.process(logits.float().cpu(), row)
+        return self._sampler.choose(scores.numpy(), row, Role.RECOVER)
+
+
+def probabilities(scores: torch.Tensor) -> NDArray[np.float64]:
+    """exp(scores), normalised in float64: [vocab_size]. Entries at -inf get exactly 0."""
+    weights = np.exp(scores.numpy().astype(np.float64) - float(scores.max()))
+    return np.asarray(weights / weights.sum())
+
+
+def residual(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.float64]:
+    """max(p - q, 0), [vocab_size], not normalised: what the target holds beyond the draft's law.
+
+    Where that is empty, p: in exact arithmetic nothing is rejected then, but sums that differ in
+    their last bit may leave p a little under q everywhere, and then p is the law that was meant.
+    """
+    excess = np.maximum(p - q, 0.0)
+    return excess if excess.any() else p
+
+
+def _draft_law(proposal: Proposal, vocab_size: int) -> NDArray[np.float64]:
+    if proposal.scores is not None:
+        return probabilities(proposal.scores)
+    certain = np.zeros(vocab_size)
+    certain[proposal.token_id] = 1.0
+    return certain
+
+
+def verification_rule(name: str, sampler: Sampler) -> VerificationRule:
+    """The rule of that name in config.VERIFICATION_RULES."""
+    return OptimalCoupling(sampler) if name == "optimal_coupling" else SharedNoise(sampler)
 
 
 def accept(draft_token_ids: Sequence[int], target_token_ids: Sequence[int]) -> tuple[int, ...]:

@@ -123,18 +123,24 @@ def engine_config(
     max_num_seqs: int = 8,
     dtype: str = "float32",
     drafter: str = "streaming",
+    refresh_rounds: int = 2,
+    prefix_caching: bool = True,
     **speculation: Any,
 ) -> EngineConfig:
     """A small fp32 engine: every limit low enough to be met in a test."""
     return EngineConfig(
         model=ModelConfig(str(path), dtype),
-        cache=CacheConfig(block_size=block_size, num_blocks=num_blocks),
+        cache=CacheConfig(
+            block_size=block_size, num_blocks=num_blocks, prefix_caching=prefix_caching
+        ),
         scheduler=SchedulerConfig(max_num_seqs, max_batch_tokens),
         speculation=SpeculativeConfig(
             drafter=drafter,
             draft_length=draft_length,
             draft_budget=draft_budget,
-            selection=SelectionConfig(num_sink_tokens=num_sink_tokens, num_recent_tokens=2),
+            selection=SelectionConfig(
+                num_sink_tokens=num_sink_tokens, num_recent_tokens=2, refresh_rounds=refresh_rounds
+            ),
             **{"max_view_share": 1.0, **speculation},
         ),
     )

@@ -160,6 +160,7 @@ def test_every_setting_is_documented() -> None:
     assert sections.keys() == ServeSettings.model_fields.keys()
     for name, section in ServeSettings().model_dump().items():
         for field, default in section.items():
-            shown = "empty" if default is None else str(default)
+            rounded = round(default, 4) if isinstance(default, float) else default
+            shown = "empty" if default is None else str(rounded)
             shown = shown.lower() if isinstance(default, bool) else shown
             assert f"| `{field}` | {shown} |" in sections[name]

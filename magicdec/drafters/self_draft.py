@@ -1,22 +1,58 @@
 """The target drafts for itself over a small part of its KV cache (MagicDec, arXiv 2408.11049)."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-from magicdec.attention import AttentionObserver
+from magicdec.attention import AttentionContext, AttentionObserver
 from magicdec.batch import ScheduledSequence
 from magicdec.config import SelectionConfig
+from magicdec.draft_attention import DraftAttention
 from magicdec.drafters.base import Forward, Propose
 from magicdec.kernels.dispatch import AttentionBackend
 from magicdec.kernels.paged_layout import PagedLayout
 from magicdec.kv_cache import PagedKVCache
 from magicdec.sampler import Proposal, SamplerRow
-from magicdec.sparse_kv import DraftAttention
+from magicdec.sparse_kv import (
+    Observation,
+    Selection,
+    SelectionObserver,
+    observe_prompt,
+    observe_round,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Policy:
+    """Where a view's selection comes from; with neither it is sink and recent window."""
+
+    observes_prompt: bool
+    observes_rounds: bool
+
+
+POLICIES = {
+    "streaming": _Policy(observes_prompt=False, observes_rounds=False),
+    "snapkv": _Policy(observes_prompt=True, observes_rounds=False),
+    "recycled": _Policy(observes_prompt=True, observes_rounds=True),
+}
+
+
+class DraftContext(AttentionContext, Protocol):
+    """An attention context for single-row steps."""
+
+    def begin_step(self, step: int) -> torch.Tensor:
+        """Moves to draft step 0, 1, ...; returns the rows' absolute positions, [batch]."""
+        ...
 
 
 class SelfDrafter:
-    """Autoregressive draft steps of the same weights, one row a sequence."""
+    """Autoregressive draft steps of the same weights, one row a sequence.
+
+    The policies differ in their views alone, so sequences of all of them share a step. Keeps a
+    Selection a sequence; one without (it was never observed) drafts over the streaming view.
+    """
 
     def __init__(
         self,
@@ -24,52 +60,100 @@ class SelfDrafter:
         propose: Propose,
         cache: PagedKVCache,
         backend: AttentionBackend,
-        selection: SelectionConfig,
+        config: SelectionConfig,
     ) -> None:
         self._forward = forward
         self._propose = propose
         self._cache = cache
         self._backend = backend
-        self._selection = selection
+        self._config = config
+        self._selections: dict[int, Selection] = {}
+        self._rounds_since: dict[int, int] = {}  # verify passes since the selection was taken
 
     def propose(self, sequences: list[ScheduledSequence]) -> list[tuple[Proposal, ...]]:
-        """See Drafter.propose. Rows with a shorter draft run along and are cut."""
-        draft_length = max(s.draft_length for s in sequences)
-        layout = PagedLayout(
-            query_lens=(1,) * len(sequences),
-            context_lens=tuple(s.num_computed_tokens for s in sequences),
-            block_tables=tuple(s.block_table for s in sequences),
-            block_size=self._cache.block_size,
-        )
+        """See Drafter.propose."""
         attention = DraftAttention(
             self._cache,
-            layout,
+            draft_layout(sequences, self._cache.block_size),
             self._backend,
-            draft_length,
-            max(s.draft.draft_budget for s in sequences if s.draft is not None),
-            self._selection.num_sink_tokens,
+            self._config,
+            max(s.draft_length for s in sequences),
+            [s.draft.draft_budget for s in sequences if s.draft is not None],
+            [self._selection(s) for s in sequences],
         )
-        drafts: list[tuple[Proposal, ...]] = [() for _ in sequences]
-        token_ids = torch.tensor([int(s.token_ids[0]) for s in sequences])
-        last = torch.tensor([s.num_computed_tokens + s.draft_length for s in sequences])
-        for step in range(draft_length):
-            # A row whose own draft is done stays where its context still has positions.
-            positions = torch.minimum(attention.begin_step(step), last)
-            logits = self._forward(token_ids, positions, attention)
-            rows = [
-                SamplerRow.after(s, tuple(p.token_id for p in d))
-                for s, d in zip(sequences, drafts, strict=True)
-            ]
-            chosen = self._propose(logits, rows)
-            drafts = [(*d, proposal) for d, proposal in zip(drafts, chosen, strict=True)]
-            token_ids = torch.tensor([proposal.token_id for proposal in chosen])
-        return [d[: s.draft_length] for d, s in zip(drafts, sequences, strict=True)]
+        return draft_steps(sequences, attention, self._forward, self._propose)
 
     def watch(
         self, sequences: tuple[ScheduledSequence, ...], layout: PagedLayout
     ) -> AttentionObserver | None:
-        """See Drafter.watch."""
-        return None
+        """See Drafter.watch. The observed selections serve from the next round on."""
+        observations: list[Observation] = []
+        for i, sequence in enumerate(sequences):
+            observation = self._observation(i, sequence, layout.query_lens[i])
+            if observation is not None:
+                observations.append(observation)
+                self._selections[sequence.sequence_id] = observation.selection
+                self._rounds_since[sequence.sequence_id] = 0
+        return SelectionObserver(observations, layout, self._config) if observations else None
 
     def release(self, sequence_ids: Sequence[int]) -> None:
         """See Drafter.release."""
+        for sequence_id in sequence_ids:
+            self._selections.pop(sequence_id, None)
+            self._rounds_since.pop(sequence_id, None)
+
+    def _selection(self, sequence: ScheduledSequence) -> Selection | None:
+        assert sequence.draft is not None
+        if not POLICIES[sequence.draft.drafter].observes_prompt:
+            return None
+        return self._selections.get(sequence.sequence_id)
+
+    def _observation(
+        self, index: int, sequence: ScheduledSequence, num_rows: int
+    ) -> Observation | None:
+        """What this verify forward is to show of one sequence, if anything."""
+        policy = POLICIES.get(sequence.draft.drafter) if sequence.draft is not None else None
+        if policy is None or not policy.observes_prompt or sequence.sampling is None:
+            return None
+        if not sequence.is_decode_row:
+            return observe_prompt(index, sequence)
+        if not policy.observes_rounds or sequence.draft_length == 0:
+            return None
+        rounds = self._rounds_since.get(sequence.sequence_id, self._config.refresh_rounds) + 1
+        self._rounds_since[sequence.sequence_id] = rounds
+        if rounds < self._config.refresh_rounds:
+            return None
+        return observe_round(index, sequence, num_rows, self._config)
+
+
+def draft_layout(sequences: list[ScheduledSequence], block_size: int) -> PagedLayout:
+    """One row a sequence: its last token, the only one not computed."""
+    return PagedLayout(
+        query_lens=(1,) * len(sequences),
+        context_lens=tuple(s.num_computed_tokens for s in sequences),
+        block_tables=tuple(s.block_table for s in sequences),
+        block_size=block_size,
+    )
+
+
+def draft_steps(
+    sequences: list[ScheduledSequence],
+    attention: DraftContext,
+    forward: Forward,
+    propose: Propose,
+) -> list[tuple[Proposal, ...]]:
+    """One forward a drafted token. Rows with a shorter draft run along and are cut."""
+    drafts: list[tuple[Proposal, ...]] = [() for _ in sequences]
+    token_ids = torch.tensor([int(s.token_ids[0]) for s in sequences])
+    last = torch.tensor([s.num_computed_tokens + s.draft_length for s in sequences])
+    for step in range(max(s.draft_length for s in sequences)):
+        # A row whose own draft is done stays where its context still has positions.
+        positions = torch.minimum(attention.begin_step(step), last)
+        rows = [
+            SamplerRow.after(s, tuple(p.token_id for p in d))
+            for s, d in zip(sequences, drafts, strict=True)
+        ]
+        chosen = propose(forward(token_ids, positions, attention), rows)
+        drafts = [(*d, proposal) for d, proposal in zip(drafts, chosen, strict=True)]
+        token_ids = torch.tensor([proposal.token_id for proposal in chosen])
+    return [d[: s.draft_length] for d, s in zip(drafts, sequences, strict=True)]

@@ -18,6 +18,16 @@ from magicdec.deployments.settings import ServeSettings, load_settings
 
 PORT = 8123
 MODEL = "tiny"
+# Short prompts are drafted too: no view is too much of the context.
+TINY_SPECULATION = {
+    "draft_length": 3,
+    "draft_budget": 32,
+    "max_draft_length": 8,
+    "max_draft_budget": 128,
+    "max_view_share": 1.0,
+    "num_sink_tokens": 4,
+    "num_recent_tokens": 2,
+}
 
 
 class ServedApp:
@@ -51,7 +61,7 @@ def tiny_settings(path: Path, *, tensor_parallel_size: int = 1, **server: Any) -
             "model": {"path": str(path), "dtype": "float32", "served_name": MODEL},
             "cache": {"block_size": 8, "num_blocks": 512},
             "scheduler": {"max_num_seqs": 16, "max_batch_tokens": 128},
-            "speculation": {"draft_length": 3, "draft_budget": 32, "num_sink_tokens": 4},
+            "speculation": TINY_SPECULATION,
             "parallel": {"num_threads": 1, "tensor_parallel_size": tensor_parallel_size},
             "server": {"port": PORT, "keep_alive_s": 0.2, **server},
         },

@@ -2,12 +2,15 @@
 
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from magicdec.deployments.cli import app
 from magicdec.deployments.embedded_model import EMBEDDED_MODEL_NAME
+from magicdec.deployments.serve_command import draft_line
+from magicdec.deployments.settings import parse_settings
 
 RUNNER = CliRunner()
 
@@ -33,13 +36,26 @@ def test_models_lists_the_embedded_one() -> None:
     [
         (["--config", "/no/such/file.yaml"], "cannot read /no/such/file.yaml"),
         (["--model", "/no/such/model"], "'/no/such/model' is neither an existing folder"),
-        (["--port", "70000"], "server.port"),
         (["--draft-length", "17"], "draft_length must be at most 16, got 17"),
+        (["--drafter", "medusa"], "drafter must be one of streaming, snapkv, recycled,"),
+        (["--drafter", "draft_model"], "drafter draft_model needs the path of a draft model"),
+        (["--draft-budget", "83"], "draft_budget must be at least 84, got 83"),
+        (["--draft-model", "/no/such/draft"], "'/no/such/draft' is neither an existing folder"),
+        (["--verification", "exact"], "verification must be one of shared_gumbel, optimal_"),
         (["--dtype", "int8"], "dtype must be one of"),
     ],
 )
-def test_mistakes_are_one_line(arguments: list[str], message: str) -> None:
-    result = RUNNER.invoke(app, ["serve", *arguments])
+@pytest.mark.parametrize("command", [["serve"], ["generate", "hello"]])
+def test_mistakes_are_one_line(command: list[str], arguments: list[str], message: str) -> None:
+    check_one_line([*command, *arguments], message)
+
+
+def test_a_wrong_port_is_one_line() -> None:
+    check_one_line(["serve", "--port", "70000"], "server.port")
+
+
+def check_one_line(command: list[str], message: str) -> None:
+    result = RUNNER.invoke(app, command)
     assert result.exit_code == 2
     assert result.stderr.startswith("magicdec: ") and message in result.stderr
     assert result.stderr.count("\n") == 1
@@ -53,6 +69,19 @@ def test_a_port_in_use_is_one_line() -> None:
         result = RUNNER.invoke(app, ["serve", "--port", str(port)])
     assert result.exit_code == 2
     assert result.stderr == f"magicdec: cannot listen on 127.0.0.1:{port}: address already in use\n"
+
+
+@pytest.mark.parametrize(
+    ("draft", "line"),
+    [
+        ({}, "streaming, length 4, budget 512 positions"),
+        ({"drafter": "snapkv", "draft_budget": 0.1}, "snapkv, length 4, budget 10.0% of the"),
+        ({"draft_budget": 2048.0}, "budget 2,048 positions"),
+        ({"draft_length": 0}, "off (draft length 0)"),
+    ],
+)
+def test_the_start_up_table_says_what_drafts(draft: dict[str, Any], line: str) -> None:
+    assert line in draft_line(parse_settings({"speculation": draft}).speculation)
 
 
 def test_generate_streams_text_and_counts(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """The journal of a request: what a second replica is given, and when there is no third."""
 
+from typing import Any
+
 import pytest
 
 from magicdec.deployments.errors import ApiError
@@ -9,8 +11,8 @@ from magicdec.types import FinishReason, Request, RequestOutput, Usage
 REQUEST = Request("r", (1, 2, 3))
 
 
-def output(*token_ids: int, **counts: int) -> RequestOutput:
-    usage = Usage(**{"prompt_tokens": 3, "completion_tokens": 0, **counts})
+def output(*token_ids: int, completion_tokens: int = 0, **counts: Any) -> RequestOutput:
+    usage = Usage(3, completion_tokens, **counts)
     return RequestOutput("r", token_ids, "", usage)
 
 

@@ -39,6 +39,11 @@ BOTH: list[tuple[dict[str, Any], int, str | None, str | None]] = [
     ({"stream_options": {"what": 1}}, 400, "stream_options.what", "unknown_parameter"),
     ({"service_tier": "flex"}, 400, "service_tier", "unsupported_parameter"),
     ({"no_such_field": 1}, 400, "no_such_field", "unknown_parameter"),
+    ({"speculation": "on"}, 400, "speculation", "invalid_value"),
+    ({"speculation": {"gamma": 4}}, 400, "speculation.gamma", "unknown_parameter"),
+    ({"speculation": {"draft_budget": "0.5"}}, 400, "speculation.draft_budget", "invalid_value"),
+    ({"speculation": {"draft_budget": 129}}, 400, "speculation.draft_budget", None),
+    ({"speculation": {"drafter": "draft_model"}}, 400, "speculation.drafter", None),
 ]
 COMPLETION: list[tuple[dict[str, Any], int, str | None, str | None]] = [
     ({"prompt": None}, 400, "prompt", "invalid_value"),

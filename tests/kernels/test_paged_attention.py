@@ -96,8 +96,10 @@ def test_gathered_attention_agrees_with_the_reference(
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(kv_heads * group_size, batch, HEAD_DIM, generator=generator)
     cache = torch.randn(kv_heads, 200, HEAD_DIM, generator=generator)
-    slots = torch.randint(0, 200, (batch, num_keys), generator=generator)
-    view = gather_view(cache, slots)
+    slots = torch.randint(0, 200, (kv_heads, batch, num_keys), generator=generator)
+    view = gather_view(cache, slots + 200 * torch.arange(kv_heads)[:, None, None])
+    for head in range(kv_heads):
+        assert torch.equal(view[head], cache[head][slots[head]])
     visible = torch.rand(batch, num_keys, generator=generator) < 0.7
     visible[:, 0] = True
     mask = torch.zeros(batch, num_keys).masked_fill_(~visible, float("-inf"))

@@ -1,0 +1,177 @@
+"""The attention of draft steps: one row a sequence over a compact copy of its view."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from magicdec.config import SelectionConfig
+from magicdec.kernels.dispatch import AttentionBackend
+from magicdec.kernels.paged_layout import PagedLayout
+from magicdec.kernels.sparse_attention import gather_view
+from magicdec.kv_cache import PagedKVCache
+from magicdec.sparse_kv import Selection, layer_budget, select_streaming
+
+_PADDING = -1  # the position of a column that no row sees
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """The columns that a layer's KV heads share; layers alike in budget and window share it.
+
+    column      0 .............. num_shared-1   | num_shared .. num_shared+draft_length-1
+    holds       sink and recent, padded         | the round's own tokens, one a draft step
+    """
+
+    positions: torch.Tensor  # [batch, num_columns]
+    slots: torch.Tensor  # [batch, num_columns]
+    num_selected: tuple[int, ...]  # columns that each sequence's selection may add
+    sliding_window: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """One layer's K/V: selected columns, then those of its _Window."""
+
+    k: torch.Tensor  # [num_kv_heads, batch, num_columns, head_dim]
+    v: torch.Tensor
+    num_selected: tuple[int, ...]  # of each sequence, in this layer
+    window: _Window
+
+
+class DraftAttention:
+    """The attention context of one round's draft steps.
+
+    The view's K/V are copied once; each draft step appends its own rows to the copy. Nothing is
+    written to the pages: the verify pass computes those K/V again, in full.
+    """
+
+    def __init__(
+        self,
+        cache: PagedKVCache,
+        layout: PagedLayout,  # context_lens: positions whose K/V are in the pages
+        backend: AttentionBackend,
+        config: SelectionConfig,
+        draft_length: int,  # steps of the round
+        draft_budgets: Sequence[int],  # a sequence
+        selections: Sequence[Selection | None],  # a sequence; None: streaming
+    ) -> None:
+        self._cache = cache
+        self._layout = layout
+        self._backend = backend
+        self._config = config
+        self._draft_length = draft_length
+        self._draft_budgets = draft_budgets
+        self._selections = selections
+        self._windows: dict[tuple[bool, int | None], _Window] = {}
+        self._views: dict[int, _View] = {}
+        self._masks: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
+        self._step = -1
+        self._device = cache.k[0].device
+        self._context_lens = torch.tensor(layout.context_lens, device=self._device)
+
+    def begin_step(self, step: int) -> torch.Tensor:
+        """Moves to draft step 0, 1, ...; returns the rows' absolute positions, [batch]."""
+        self._step = step
+        self._masks = {}
+        return torch.tensor(self._layout.context_lens) + step
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,  # [num_query_heads, batch, head_dim]
+        key: torch.Tensor,  # [num_kv_heads, batch, head_dim]
+        value: torch.Tensor,
+        *,
+        scaling: float,
+        sliding_window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """See AttentionContext."""
+        if layer not in self._views:
+            self._views[layer] = self._gather(layer, sliding_window)
+        view = self._views[layer]
+        column = view.k.shape[2] - self._draft_length + self._step
+        view.k[:, :, column] = key
+        view.v[:, :, column] = value
+        mask = self._mask(view)
+        narrow = query.to(view.k.dtype)  # the module may compute wider than the cache
+        output = self._backend.gathered(narrow, view.k, view.v, mask, scaling, softcap)
+        return output.to(query.dtype)
+
+    def _gather(self, layer: int, sliding_window: int | None) -> _View:
+        key = (layer < self._config.num_first_layers, sliding_window)
+        if key not in self._windows:
+            self._windows[key] = self._window(layer, sliding_window)
+        window = self._windows[key]
+        k_cache, v_cache = self._cache.k[layer], self._cache.v[layer]
+        num_kv_heads, num_slots = k_cache.shape[:2]
+        heads = torch.arange(num_kv_heads, device=self._device)[:, None, None] * num_slots
+        slots = heads + window.slots
+        selected = [
+            None if s is None or layer not in s.slots else s.slots[layer][:, :limit]
+            for s, limit in zip(self._selections, window.num_selected, strict=True)
+        ]
+        counts = tuple(0 if s is None else s.shape[1] for s in selected)
+        if max(counts) > 0:
+            columns = heads.repeat(1, len(counts), max(counts))
+            for i, own in enumerate(selected):
+                if own is not None:
+                    columns[:, i, : own.shape[1]] = own
+            slots = torch.cat([columns, slots], dim=2)
+        return _View(gather_view(k_cache, slots), gather_view(v_cache, slots), counts, window)
+
+    def _window(self, layer: int, sliding_window: int | None) -> _Window:
+        """Sink and recent window of every sequence, and the room that its selection has."""
+        shared: list[NDArray[np.int64]] = []
+        num_selected: list[int] = []
+        for context_len, draft_budget, selection in zip(
+            self._layout.context_lens, self._draft_budgets, self._selections, strict=True
+        ):
+            num_keys = layer_budget(self._config, layer, draft_budget) - self._draft_length
+            num_window = num_keys
+            if selection is not None and layer in selection.slots and context_len > num_keys:
+                num_recent = selection.num_recent(self._config, context_len, num_keys)
+                num_window = self._config.num_sink_tokens + num_recent
+            num_selected.append(max(num_keys - num_window, 0))
+            sink = self._config.num_sink_tokens
+            shared.append(select_streaming(context_len, num_window, sink, sliding_window))
+        return self._pack(shared, tuple(num_selected), sliding_window)
+
+    def _pack(
+        self,
+        shared: list[NDArray[np.int64]],
+        num_selected: tuple[int, ...],
+        sliding_window: int | None,
+    ) -> _Window:
+        num_shared = max(len(positions) for positions in shared)
+        shape = (len(shared), num_shared + self._draft_length)
+        positions = np.full(shape, _PADDING, dtype=np.int64)
+        slots = np.zeros(shape, dtype=np.int64)
+        for i, chosen in enumerate(shared):
+            table, size = self._layout.block_tables[i], self._layout.block_size
+            positions[i, : len(chosen)] = chosen
+            slots[i, : len(chosen)] = table[chosen // size] * size + chosen % size
+            start = self._layout.context_lens[i]
+            positions[i, num_shared:] = np.arange(start, start + self._draft_length)
+        on_device = [torch.from_numpy(array).to(self._device) for array in (positions, slots)]
+        return _Window(on_device[0], on_device[1], num_selected, sliding_window)
+
+    def _mask(self, view: _View) -> torch.Tensor:
+        """Additive [batch, num_columns]: -inf for padding, for columns not yet written, and
+        beyond the window."""
+        key = (id(view.window), view.num_selected)
+        if key not in self._masks:
+            window = view.window
+            row = (self._context_lens + self._step)[:, None]
+            visible = (window.positions >= 0) & (window.positions <= row)
+            if window.sliding_window is not None:
+                visible &= row - window.positions < window.sliding_window
+            columns = torch.arange(max(view.num_selected), device=self._device)
+            counts = torch.tensor(view.num_selected, device=self._device)
+            visible = torch.cat([columns < counts[:, None], visible], dim=1)
+            mask = torch.zeros(visible.shape, dtype=view.k.dtype, device=self._device)
+            self._masks[key] = mask.masked_fill_(~visible, float("-inf"))
+        return self._masks[key]

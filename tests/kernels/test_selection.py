@@ -1,0 +1,116 @@
+"""Scores and choice of keys agree with their oracles, and the oracles with the published rule."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from magicdec.kernels import reference, selection
+from tests.kernels.test_paged_attention import make_layout
+
+HEAD_DIM = 16
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    spans=st.lists(
+        st.tuples(st.integers(0, 200), st.integers(1, 40), st.integers(1, 40)),
+        min_size=1,
+        max_size=3,
+    ),
+    block_size=st.sampled_from([1, 8, 64]),
+    contiguous=st.booleans(),
+    kv_heads=st.integers(0, 3),
+    group_size=st.sampled_from([1, 3, 4, 7]),
+    softcap=st.sampled_from([None, 5.0]),
+    seed=st.integers(0, 10_000),
+)
+def test_the_mass_agrees_with_the_reference(
+    spans: list[tuple[int, int, int]],
+    block_size: int,
+    contiguous: bool,
+    kv_heads: int,
+    group_size: int,
+    softcap: float | None,
+    seed: int,
+) -> None:
+    """A span is (context, rows, observed rows); odd group sizes have misaligned heads before."""
+    query_lens = [q for _, q, _ in spans]
+    layout, num_blocks = make_layout(
+        [c for c, _, _ in spans], query_lens, block_size, contiguous, seed
+    )
+    generator = torch.Generator().manual_seed(seed)
+    k_cache = torch.randn(kv_heads, num_blocks * block_size, HEAD_DIM, generator=generator)
+    for i, (_, rows, observed) in enumerate(spans):
+        shape = (kv_heads * group_size, min(rows, observed), HEAD_DIM)
+        query = torch.randn(shape, generator=generator)
+        case = (query, k_cache, layout, i, 0.25, softcap)
+        actual = selection.attention_mass(*case)
+        torch.testing.assert_close(actual, reference.attention_mass(*case), atol=2e-5, rtol=2e-5)
+
+
+def test_the_mass_of_a_head_is_its_rows_and_its_group() -> None:
+    layout, num_blocks = make_layout([100], [32], 8, True, 0)
+    k_cache, query = torch.randn(2, num_blocks * 8, HEAD_DIM), torch.randn(6, 32, HEAD_DIM)
+    mass = selection.attention_mass(query, k_cache, layout, 0, 0.25)
+    torch.testing.assert_close(mass.sum(dim=1), torch.full((2,), 3.0 * 32))
+
+
+def test_scores_are_scaled_as_the_models_softmax_is() -> None:
+    """One query, two keys, by hand: the reference code forgets 1/sqrt(head_dim)."""
+    layout, _ = make_layout([1], [1], 2, True, 0)
+    k_cache = torch.zeros(1, 6, HEAD_DIM)
+    k_cache[0, 2, 0] = 8.0  # position 0
+    query = torch.zeros(1, 1, HEAD_DIM)
+    query[0, 0, 0] = 1.0
+    mass = selection.attention_mass(query, k_cache, layout, 0, HEAD_DIM**-0.5)
+    assert mass[0, 0] == pytest.approx(1 / (1 + math.exp(-8 / 4)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    num_keys=st.integers(1, 90),
+    kv_heads=st.integers(0, 3),
+    first=st.integers(0, 20),
+    recent=st.integers(0, 20),
+    count=st.integers(-1, 70),
+    pool_size=st.sampled_from([1, 5]),
+    chunk_size=st.sampled_from([1, 4, 16]),
+    coverage=st.sampled_from([0.2, 0.9, 1.0]),
+    seed=st.integers(0, 10_000),
+)
+def test_the_choice_agrees_with_the_reference(
+    num_keys: int,
+    kv_heads: int,
+    first: int,
+    recent: int,
+    count: int,
+    pool_size: int,
+    chunk_size: int,
+    coverage: float,
+    seed: int,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    mass = torch.rand(kv_heads, num_keys, generator=generator)
+    first = min(first, num_keys)
+    case = (mass, first, max(num_keys - recent, first), count, pool_size, chunk_size, coverage)
+    assert selection.select_top(*case).tolist() == reference.select_top(*case).tolist()
+
+
+def test_a_needle_is_chosen_for_the_head_that_attends_to_it() -> None:
+    mass = torch.full((2, 1000), 0.001)
+    mass[0, 300], mass[1, 700] = 5.0, 5.0
+    chosen = selection.select_top(mass, 16, 936, 5, pool_size=5)
+    assert sorted(chosen[0].tolist()) == [298, 299, 300, 301, 302]
+    assert sorted(chosen[1].tolist()) == [698, 699, 700, 701, 702]
+
+
+def test_coverage_stops_where_the_neediest_head_has_its_share() -> None:
+    mass = torch.full((2, 100), 1e-6)
+    mass[0, 50] = 1.0
+    mass[1, 20:30] = 0.1
+    assert selection.select_top(mass, 0, 100, 60, coverage=0.75).shape == (2, 8)
+    assert selection.select_top(mass[:1], 0, 100, 60, coverage=0.75).shape == (1, 1)
+    assert selection.select_top(mass, 0, 100, 60).shape == (2, 60)

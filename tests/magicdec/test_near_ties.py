@@ -1,0 +1,143 @@
+"""In bf16 a verify pass may differ from plain decoding at near-ties, and nowhere else.
+
+Architecture section 5: teacher-forced on the plain stream at every position, a divergence is
+allowed only where the top two scores plus noise, or a token and its threshold, are within epsilon.
+"""
+
+import inspect
+import os
+import turtle
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from magicdec.config import EngineConfig
+from magicdec.deployments.embedded_model import EMBEDDED_MODEL_NAME, resolve_model
+from magicdec.engine import Engine
+from magicdec.executor import LocalExecutor
+from magicdec.model_loader import describe_model, load_model, load_tokenizer, read_model_facts
+from magicdec.runner import ModelRunner
+from magicdec.sampler import Sampler, SamplerRow
+from magicdec.types import Request, SamplingParams
+from tests.conftest import engine_config
+from tests.generation import random_prompts, requests_of
+from tests.teacher_forcing import Verdict, plain_streams, replay
+
+# Scores are logits over temperature. bf16 keeps 8 bits, so a pass of another shape moves a score of
+# these models by up to so much (the tiny one computes in bf16 too); the largest gap is printed.
+EPSILON = 0.5
+BASE = SamplingParams(temperature=1.0, ignore_eos=True)
+KINDS = [
+    replace(BASE, temperature=0.0),
+    BASE,
+    replace(BASE, temperature=0.8, top_p=0.95),
+    replace(BASE, temperature=0.7, top_k=40),
+    replace(BASE, temperature=1.0, min_p=0.05),
+    replace(BASE, temperature=0.8, repetition_penalty=1.1),
+]
+
+
+class Bf16Executor(LocalExecutor):
+    """Linears in bf16 too, on CPUs where the loader would keep them in fp32."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        cpu = torch.device("cpu")
+        loaded = load_model(config.model, cpu)
+        narrow = describe_model(loaded.module.to(torch.bfloat16), "bfloat16")
+        self._runner = ModelRunner(narrow, config)
+        self._runner.allocate_cache(self._runner.num_affordable_blocks())
+
+
+def judge(config: EngineConfig, requests: list[Request], executor: type[LocalExecutor]) -> Verdict:
+    path = config.model.path
+    facts = read_model_facts(path)
+    engine = Engine(config, executor(config), load_tokenizer(path), facts)
+    streams = plain_streams(engine, requests)
+    engine = Engine(config, executor(config), load_tokenizer(path), facts)
+    return replay(engine, requests, streams, Sampler(facts.eos_token_ids))
+
+
+def seeded(prompts: list[list[int]], max_tokens: int) -> list[Request]:
+    kinds = [
+        replace(KINDS[i % len(KINDS)], seed=i, max_tokens=max_tokens) for i in range(len(prompts))
+    ]
+    return requests_of(prompts, kinds)
+
+
+def check(verdict: Verdict, num_positions: int) -> None:
+    assert verdict.num_positions == num_positions
+    count = len(verdict.divergences)
+    largest = max((min(d.gap, d.threshold_gap) for d in verdict.divergences), default=0.0)
+    at_threshold = sum(d.threshold_gap < d.gap for d in verdict.divergences)
+    print(
+        f"{num_positions} positions, {count} near-ties fell the other way, {at_threshold} of them "
+        f"at a threshold; largest gap {largest:.3f}"
+    )
+    assert [d for d in verdict.divergences if not d.is_tie(EPSILON)] == []
+
+
+@pytest.mark.parametrize("draft_length", [0, 4])
+def test_in_fp32_every_position_of_every_stream_agrees(
+    draft_length: int, tiny_model_dir: Path
+) -> None:
+    config = engine_config(tiny_model_dir, draft_length=draft_length, num_blocks=200)
+    verdict = judge(config, seeded(random_prompts([5, 40, 90, 9, 33, 64]), 100), LocalExecutor)
+    assert verdict.num_positions == 600
+    assert verdict.divergences == []
+
+
+def test_in_bf16_a_tiny_model_differs_at_near_ties_alone(tiny_model_dir: Path) -> None:
+    config = engine_config(
+        tiny_model_dir, draft_length=4, num_blocks=500, max_num_seqs=12, dtype="bfloat16"
+    )
+    check(judge(config, seeded(random_prompts([20] * 12), 300), Bf16Executor), 3600)
+
+
+def test_a_pass_that_computes_other_scores_is_not_taken_for_a_tie(tiny_model_dir: Path) -> None:
+    """The planted fault: scores of sampled rows that are wrong by up to 0.9."""
+
+    class Wrong(Sampler):
+        def process(self, scores: torch.Tensor, row: SamplerRow) -> torch.Tensor:
+            return super().process(scores + 0.9 * torch.cos(torch.arange(len(scores))), row)
+
+    config = engine_config(tiny_model_dir, draft_length=4, num_blocks=200)
+    requests = seeded(random_prompts([20] * 6), 100)
+    facts = read_model_facts(config.model.path)
+    tokenizer = load_tokenizer(config.model.path)
+    engines = [Engine(config, LocalExecutor(config), tokenizer, facts) for _ in range(2)]
+    streams = plain_streams(engines[0], requests)
+    verdict = replay(engines[1], requests, streams, Wrong(facts.eos_token_ids))
+    assert any(not d.is_tie(EPSILON) for d in verdict.divergences)
+
+
+@pytest.fixture
+def every_core() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.usefixtures("every_core")
+def test_in_bf16_the_embedded_model_differs_at_near_ties_alone() -> None:
+    """20,160 positions: 16 streams of 1,260 tokens at 400 to 2,100 tokens of context."""
+    path = resolve_model(EMBEDDED_MODEL_NAME)
+    ids = load_tokenizer(path)(inspect.getsource(turtle))["input_ids"]
+    assert isinstance(ids, list)
+    prompts = [ids[1000 * i : 1000 * i + 400 + 30 * i] for i in range(16)]
+    config = engine_config(
+        Path(path),
+        draft_length=4,
+        draft_budget=256,
+        block_size=64,
+        num_blocks=600,
+        max_batch_tokens=512,
+        max_num_seqs=16,
+        dtype="bfloat16",
+    )
+    check(judge(config, seeded(prompts, 1260), LocalExecutor), 20_160)
