@@ -97,7 +97,7 @@ class BlockPool:
     def touch(self, key: bytes) -> None:
         """Makes the key's block the last to be evicted, if it is idle."""
         block = self._blocks.get(key)
-        if block in self._idle:
+        if block is not None and block in self._idle:
             self._idle.move_to_end(block)
 
     def key_of(self, block: int) -> bytes | None:

@@ -85,6 +85,8 @@ class Scheduler:
             # A draft's last accepted token is computed; the recovered or bonus token is not.
             sequence.num_computed_tokens += len(share.token_ids) + outcome.num_accepted_tokens
             if share.is_decode_row:
+                if outcome.num_draft_tokens > 0 and share.draft is not None:
+                    sequence.drafter = share.draft.drafter
                 sequence.num_rounds += 1
                 sequence.num_draft_tokens += outcome.num_draft_tokens
                 sequence.num_accepted_tokens += outcome.num_accepted_tokens

@@ -151,8 +151,6 @@ def tail_probability(statistic: float, degrees: float) -> float:
 
 def fit(counts: Counts, law: NDArray[np.float64]) -> float:
     """p-value of Pearson's test that the counts come from the law; 0 where p = 0 was drawn."""
-    if counts[law == 0].sum() > 0:
-        return 0.0
     return tail_probability(*_pearson(counts.ravel(), law.ravel()))
 
 
@@ -164,13 +162,14 @@ def conditional_fit(counts: Counts, law: NDArray[np.float64]) -> float:
         counts.reshape(-1, vocab_size), law.reshape(-1, vocab_size), strict=True
     ):
         if drawn.sum() > 0:
-            statistic, free = _pearson(drawn, joint / joint.sum())
+            statistic, free = _pearson(drawn, joint)
             total, degrees = total + statistic, degrees + free
     return tail_probability(total, degrees)
 
 
 def homogeneity(a: Counts, b: Counts) -> float:
     """p-value that two sets of counts come from one law."""
+    a, b = a.ravel(), b.ravel()
     share = a.sum() / (a.sum() + b.sum())
     groups = _merged(min(share, 1 - share) * (a + b))
     total, degrees = 0.0, -1.0
@@ -182,11 +181,12 @@ def homogeneity(a: Counts, b: Counts) -> float:
 
 
 def _pearson(counts: Counts, law: NDArray[np.float64]) -> tuple[float, float]:
-    """The statistic and its degrees of freedom."""
-    expected = law * counts.sum()
-    groups = _merged(expected)
-    sums = [(counts[cells].sum(), expected[cells].sum()) for cells in groups]
-    return sum((n - e) ** 2 / e for n, e in sums if e > 0), max(len(sums) - 1, 0)
+    """The statistic and its degrees of freedom; the law need not be normalised."""
+    if counts[law == 0].sum() > 0:
+        return float("inf"), 1.0
+    expected = law * (counts.sum() / law.sum())
+    sums = [(counts[cells].sum(), expected[cells].sum()) for cells in _merged(expected)]
+    return sum((n - e) ** 2 / e for n, e in sums), len(sums) - 1
 
 
 def _merged(expected: Counts) -> list[NDArray[np.int64]]:

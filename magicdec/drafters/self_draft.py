@@ -93,7 +93,9 @@ class SelfDrafter:
             if observation is not None:
                 observations.append(observation)
                 self._selections[sequence.sequence_id] = observation.selection
-                self._rounds_since[sequence.sequence_id] = 0
+                # The prompt's rows are a guess at what the answer needs: its first round corrects.
+                due = 0 if sequence.is_decode_row else self._config.refresh_rounds
+                self._rounds_since[sequence.sequence_id] = due
         return SelectionObserver(observations, layout, self._config) if observations else None
 
     def release(self, sequence_ids: Sequence[int]) -> None:

@@ -15,7 +15,15 @@ from tests.benchmarks.acceptance_tasks import Prompt
 
 PLAIN = "plain"
 VIEW_DRAFTERS = ("streaming", "snapkv", "recycled", "top_k")
+DRAFTERS = (*VIEW_DRAFTERS, "ngram", "draft_model")
 Cell = dict[str, Any]
+
+# Two cores, SmolLM2-135M (docs/benchmarks.md): for a first estimate of a block's time.
+_PREFILL_RATE = 300.0  # tokens a second
+_READ_SECONDS = 9e-6  # of a verify pass, a sequence and context token
+_DRAFT_SECONDS = 0.0125  # a sequence and draft step
+_ROUND_TOKENS = 3.5
+_SUFFIX_TOKENS = 64  # of a question, prefilled although its context is cached
 
 _WINDOW_FIELDS = ("num_sink_tokens", "num_recent_tokens")
 _VIEW_FIELDS = (*_WINDOW_FIELDS, "num_first_layers", "first_layers_factor")
@@ -90,6 +98,18 @@ class Block:
             **model,
             **configuration.settings(),
         }
+
+    def estimate_seconds(self, configurations: list[Configuration]) -> float:
+        """A first guess of what they take on two cores; prompts are prefilled once."""
+        num_streams = sum(map(len, self.prompts.values()))
+        read = num_streams * self.context * _READ_SECONDS
+        seconds = sum(map(len, self.warm_up)) / _PREFILL_RATE
+        for c in configurations:
+            num_rounds = self.num_tokens / (_ROUND_TOKENS if c.draft_length else 1)
+            seconds += num_rounds * (read + num_streams * c.draft_length * _DRAFT_SECONDS)
+            if self.answer_codes is not None:
+                seconds += num_streams * _SUFFIX_TOKENS / _PREFILL_RATE
+        return seconds
 
 
 class ResultsFile:

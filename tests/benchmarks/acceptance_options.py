@@ -5,11 +5,10 @@ from pathlib import Path
 
 from magicdec.config import SelectionConfig
 from magicdec.deployments.embedded_model import EMBEDDED_MODEL_NAME
-from tests.benchmarks.acceptance_cells import VIEW_DRAFTERS
+from tests.benchmarks.acceptance_cells import DRAFTERS, VIEW_DRAFTERS
 from tests.benchmarks.acceptance_tasks import TASKS
 
 BLOCKS = ("sampled", "greedy", "needle", "long")
-DRAFTERS = (*VIEW_DRAFTERS, "ngram", "draft_model")
 _DEFAULT = SelectionConfig()
 
 

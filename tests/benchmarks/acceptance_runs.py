@@ -38,12 +38,6 @@ BUCKET = 128  # output positions of one point of a curve
 BLOCK_SIZE = 64
 MAX_BUDGET = 8192
 
-# Seconds on two cores (docs/benchmarks.md), for a first estimate of the time that a block takes.
-_PREFILL_RATE = 300.0  # tokens a second
-_READ = 9e-6  # a sequence and context token, of a verify pass
-_DRAFT = 0.0125  # a sequence and draft step
-_ROUND_TOKENS = 3.5
-
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -64,13 +58,18 @@ def run_block(
     target: Target,
     results: ResultsFile,
     selection: SelectionConfig,
-) -> None:
-    """Fills what the file lacks; an engine is built only for missing cells."""
+    least_answered: float = 0.0,
+) -> bool:
+    """Fills what the file lacks; an engine is built only for missing cells.
+
+    Returns False, with nothing drafted, where plain answers less than a share of its questions.
+    """
     wanted = [plain_configuration(selection), *configurations]
     missing = [(c, tasks) for c in wanted if (tasks := _missing(block, c, target, results))]
-    if not missing:
-        return
-    print_estimate(block, [c for c, _ in missing])
+    if not missing or not _answers(block, target, results, least_answered):
+        return _answers(block, target, results, least_answered)
+    estimate = block.estimate_seconds([c for c, _ in missing]) / 60
+    print(f"{block.name}: {len(missing)} configurations, very roughly {estimate:.0f} min")
     started = time.perf_counter()
     num_done = 0
     for draft_model, group in groupby(missing, lambda pair: pair[0].draft_model):
@@ -86,9 +85,23 @@ def run_block(
                 f"about {left / 60:.0f} min left in this block",
                 flush=True,
             )
+            if not _answers(block, target, results, least_answered):
+                break
         engine.check_integrity()
         engine.shutdown()
         del engine  # its KV pool goes before the next one comes
+        if not _answers(block, target, results, least_answered):
+            return False
+    return True
+
+
+def _answers(block: Block, target: Target, results: ResultsFile, least: float) -> bool:
+    """Whether enough prompts count; true while the plain run is still to come."""
+    plain = plain_configuration(SelectionConfig())
+    found = [results.get(block.cell(task, plain, target.settings)) for task in block.prompts]
+    known = [result for result in found if result is not None]
+    asked = sum(len(result["token_ids"]) for result in known)
+    return sum(len(result["answer_lengths"]) for result in known) >= least * asked
 
 
 def _missing(
@@ -96,22 +109,6 @@ def _missing(
 ) -> list[str]:
     cells = ((t, block.cell(t, configuration, target.settings)) for t in block.prompts)
     return [task for task, cell in cells if results.get(cell) is None]
-
-
-def print_estimate(block: Block, configurations: list[Configuration]) -> None:
-    num_streams = sum(map(len, block.prompts.values()))
-    read = num_streams * block.context * _READ
-    seconds = sum(map(len, block.warm_up)) / _PREFILL_RATE
-    for c in configurations:
-        num_rounds = block.num_tokens / (_ROUND_TOKENS if c.draft_length else 1)
-        seconds += num_rounds * (read + num_streams * c.draft_length * _DRAFT)
-        if block.answer_codes is not None:  # each question has a suffix that is prefilled
-            seconds += num_streams * BLOCK_SIZE / _PREFILL_RATE
-    print(
-        f"{block.name}: {len(configurations)} configurations of {num_streams} streams, "
-        f"{block.context} + {block.num_tokens} tokens: very roughly {seconds / 60:.0f} min",
-        flush=True,
-    )
 
 
 def build_engine(

@@ -11,13 +11,19 @@ import platform
 import statistics
 import sysconfig
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from magicdec.batch import Plan
-from magicdec.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from magicdec.config import (
+    CacheConfig,
+    EngineConfig,
+    ModelConfig,
+    SchedulerConfig,
+    SelectionConfig,
+    SpeculativeConfig,
+)
 from magicdec.deployments.embedded_model import EMBEDDED_MODEL_NAME, resolve_model
 from magicdec.engine import Engine
 from magicdec.executor import LocalExecutor
@@ -34,6 +40,9 @@ def main() -> None:
         model=ModelConfig(path, args.dtype),
         cache=CacheConfig(num_blocks=-(-tokens_needed // 64) + 2 * args.batch),
         scheduler=SchedulerConfig(max_num_seqs=args.batch),
+        speculation=SpeculativeConfig(
+            max_view_share=1.0, selection=SelectionConfig(refresh_rounds=args.refresh_rounds)
+        ),
     )
     tokenizer = load_tokenizer(path)
     engine = Engine(config, LocalExecutor(config), tokenizer, read_model_facts(path))
@@ -46,13 +55,13 @@ def main() -> None:
         engine.add(Request(str(i), prompt, sampling))
     print(
         f"{args.model} {args.dtype}, {args.batch} x {args.context} tokens, "
-        f"draft {args.draft_length} over {args.draft_budget}, torch {torch.__version__}, "
+        f"{args.drafter} {args.draft_length} over {args.draft_budget}, torch {torch.__version__}, "
         f"{torch.get_num_threads()} threads, {platform.processor() or platform.machine()}"
     )
-    prefill(engine, args.batch * args.context)
+    prefill(engine, args.batch * args.context, args)
     plans = {
-        "plain": Plan("streaming", 0, args.draft_budget),
-        "speculative": Plan("streaming", args.draft_length, args.draft_budget),
+        "plain": Plan(args.drafter, 0, args.draft_budget),
+        "speculative": Plan(args.drafter, args.draft_length, args.draft_budget),
     }
     measure(engine, plans, args)
 
@@ -64,6 +73,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--context", type=int, default=7000)
+    parser.add_argument("--drafter", default="streaming")
+    parser.add_argument(
+        "--refresh-rounds", type=int, default=SelectionConfig().refresh_rounds, help="of recycled"
+    )
     parser.add_argument("--draft-length", type=int, default=4)
     parser.add_argument("--draft-budget", type=int, default=512)
     parser.add_argument("--temperature", type=float, default=0.0)
@@ -80,9 +93,9 @@ def read_text(path: Path | None) -> str:
     return "\n".join(module.read_text(errors="replace") for module in modules[:60])
 
 
-def prefill(engine: Engine, num_tokens: int) -> None:
+def prefill(engine: Engine, num_tokens: int, args: argparse.Namespace) -> None:
     """Plain steps until every prompt is in the cache; early ones decode a little meanwhile."""
-    engine.plan = replace(engine.plan, draft_length=0)
+    engine.plan = Plan(args.drafter, 0, args.draft_budget)  # the prompt seeds a selection
     started = time.perf_counter()
     while engine.stats.num_prefill_tokens < num_tokens:
         engine.step()

@@ -17,16 +17,16 @@ CODE_DIGITS = 6
 FIRST_NAMES = (
     "Adela Bertram Cosima Dorian Elspeth Felix Greta Hector Imogen Jasper Katrin Leopold Mirela "
     "Norbert Odette Pascal Quentin Rosalind Silvan Tabitha Ulric Viola Wendel Xenia Yorick Zelda"
-).split()
+)
 LAST_NAMES = (
     "Abernathy Blackwood Carmody Delacroix Eastman Fairbanks Galloway Hargrove Ingram Jessop "
     "Kingsley Lockhart Merriman Norwood Oakley Pemberton Quimby Ravenhill Stanhope Thackeray "
     "Underhill Vance Whitlock Yardley Zimmer Ashdown"
-).split()
+)
 ITEMS = (
     "telephone ledger passport locker library medal ticket policy parcel safe warrant licence "
     "telegram serial lottery permit docket voucher badge freight"
-).split()
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +60,10 @@ class NeedleContext:
 def make_facts(seed: int) -> list[Fact]:
     """Facts that share no first name, no last name, no item and no code."""
     generator = random.Random(seed)
-    firsts = generator.sample(FIRST_NAMES, NUM_FACTS)
-    lasts = generator.sample(LAST_NAMES, NUM_FACTS)
+    firsts = generator.sample(FIRST_NAMES.split(), NUM_FACTS)
+    lasts = generator.sample(LAST_NAMES.split(), NUM_FACTS)
     codes = generator.sample(range(10 ** (CODE_DIGITS - 1), 10**CODE_DIGITS), NUM_FACTS)
-    parts = zip(firsts, lasts, ITEMS, codes, strict=True)
+    parts = zip(firsts, lasts, ITEMS.split(), codes, strict=True)
     return [Fact(f"{first} {last}", item, str(code)) for first, last, item, code in parts]
 
 

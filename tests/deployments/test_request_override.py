@@ -58,6 +58,7 @@ def test_every_drafter_gives_the_plain_text(app: ServedApp, drafter: str) -> Non
     plain, _ = complete(app, "off", temperature=0)
     text, counts = complete(app, {"drafter": drafter}, temperature=0)
     assert counts["drafted"] > 0
+    assert counts["drafter"] == drafter
     assert text == plain
 
 

@@ -16,7 +16,7 @@ from tests.generation import random_prompts, requests_of, run, token_ids
 from tests.magicdec.test_speculation import SAMPLINGS, plain_tokens
 
 PROMPTS = random_prompts([3, 33, 64, 90, 140])
-DRAFTERS = ["streaming", "snapkv", "recycled", "ngram"]
+DRAFTERS = ["streaming", "snapkv", "recycled"]
 BLOCK_SIZE = 8
 
 
