@@ -54,8 +54,9 @@ def select_top(
 
     The mass is averaged over pool_size neighbours (odd, same length; SnapKV, arXiv 2404.14469).
     chunk_size positions, aligned to `first`, are chosen together; one cut short by `stop` never is,
-    being beside the recent positions that are read anyway. With coverage below 1, no more are returned than the neediest head needs to hold
-    that share of all its mass together with the keys outside first..stop-1, which are always read.
+    being beside the recent positions that are read anyway. With coverage below 1, no more are
+    returned than the neediest head needs to hold that share of all its mass together with the keys
+    outside first..stop-1, which are always read.
     Returns int64 [num_kv_heads, at most count].
     """
     candidates = mass[:, first:stop]

@@ -84,10 +84,18 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class SequenceResult:
-    """`token_ids`: accepted then recovered/bonus; empty for a chunk that samples nothing."""
+    """`token_ids`: accepted then recovered/bonus; empty for a chunk that samples nothing.
+
+    The whole draft is in it because ranks are compared: two that drafted differently verified
+    different rows together.
+    """
 
     token_ids: tuple[int, ...]
-    num_draft_tokens: int = 0
+    draft_token_ids: tuple[int, ...] = ()
+
+    @property
+    def num_draft_tokens(self) -> int:
+        return len(self.draft_token_ids)
 
     @property
     def num_accepted_tokens(self) -> int:

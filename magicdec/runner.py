@@ -91,7 +91,7 @@ class ModelRunner:
         drafted = time.perf_counter()
         emitted = self._verify(batch, drafts)
         results = tuple(
-            SequenceResult(tokens, len(draft))
+            SequenceResult(tokens, tuple(p.token_id for p in draft))
             for tokens, draft in zip(emitted, drafts, strict=True)
         )
         return StepResult(results, drafted - started, time.perf_counter() - drafted)

@@ -50,7 +50,7 @@ class SimulatedRank:
                 accepted_total = total
         if share.sampling is None:
             return SequenceResult(())
-        return SequenceResult((*emitted, accepted_total % NUM_IDS), share.draft_length)
+        return SequenceResult((*emitted, accepted_total % NUM_IDS), (0,) * share.draft_length)
 
 
 def plain_answer(request: Request) -> list[int]:

@@ -26,8 +26,8 @@ _ROUND_TOKENS = 3.5
 _SUFFIX_TOKENS = 64  # of a question, prefilled although its context is cached
 
 _WINDOW_FIELDS = ("num_sink_tokens", "num_recent_tokens")
-_VIEW_FIELDS = (*_WINDOW_FIELDS, "num_first_layers", "first_layers_factor")
-_RECYCLED_FIELDS = (*_VIEW_FIELDS, "refresh_rounds", "chunk_size", "coverage")
+_FIRST_LAYERS_FIELDS = ("num_first_layers", "first_layers_factor")
+_RECYCLED_FIELDS = ("refresh_rounds", "chunk_size", "coverage")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,9 @@ class Configuration:
         """What a cell is known by, of the configuration: only what its drafter reads."""
         settings: Cell = {"drafter": self.drafter, "draft_length": self.draft_length}
         if self.budget is not None:
-            fields = _RECYCLED_FIELDS if self.drafter == "recycled" else _VIEW_FIELDS
+            fields = list(_WINDOW_FIELDS)
+            fields += _FIRST_LAYERS_FIELDS if self.selection.num_first_layers else ()
+            fields += _RECYCLED_FIELDS if self.drafter == "recycled" else ()
             settings["budget"] = self.budget
             settings["selection"] = {field: getattr(self.selection, field) for field in fields}
         if self.drafter == "draft_model" and self.draft_model is not None:

@@ -59,7 +59,12 @@ def _add_drafters(parser: argparse.ArgumentParser) -> None:
         default=8,
         help="as long as an answer, so that none of its positions is a bonus token",
     )
-    add("--draft-model", action="append", default=[], help="a model folder; may be repeated")
+    add(
+        "--draft-model",
+        action="append",
+        default=[],
+        help="folder or embedded model; may be repeated",
+    )
     add("--draft-layers", nargs="*", type=int, default=[], help="draft with the first layers")
     add("--draft-window", nargs="+", type=_window, default=[512], help="positions, or full")
     add("--sink", type=int, default=_DEFAULT.num_sink_tokens)

@@ -2,13 +2,12 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from magicdec.batch import Plan
 from magicdec.config import (
     CacheConfig,
     DraftModelConfig,
@@ -72,9 +71,10 @@ def run_block(
     print(f"{block.name}: {len(missing)} configurations, very roughly {estimate:.0f} min")
     started = time.perf_counter()
     num_done = 0
-    for draft_model, group in groupby(missing, lambda pair: pair[0].draft_model):
+    for draft_model, members in groupby(missing, lambda pair: pair[0].draft_model):
+        group = list(members)
         engine = build_engine(block, target, selection, draft_model)
-        warm_up(engine, block)
+        warm_up(engine, block, group[0][0])
         for configuration, tasks in group:
             run_configuration(engine, block, configuration, tasks, target, results)
             num_done += 1
@@ -136,8 +136,9 @@ def build_engine(
     return Engine(config, LocalExecutor(config), target.tokenizer, facts)
 
 
-def warm_up(engine: Engine, block: Block) -> None:
-    engine.plan = Plan("streaming", 0, MAX_BUDGET)
+def warm_up(engine: Engine, block: Block, first: Configuration) -> None:
+    """Prefills for the drafter that comes first: a draft model fills its own cache meanwhile."""
+    engine.plan = replace(first.plan, draft_length=0)
     sampling = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
     requests = [Request(f"warm-up-{i}", ids, sampling) for i, ids in enumerate(block.warm_up)]
     started = time.perf_counter()

@@ -56,6 +56,7 @@ def main() -> None:
     target = Target(args.model, folder, args.dtype, args.max_num_seqs, load_tokenizer(folder))
     results.append_run(run_facts(args))
     with tempfile.TemporaryDirectory() as scratch:
+        args.draft_model = [resolve_model(model) for model in args.draft_model]
         args.draft_model += [save_first_layers(folder, n, scratch) for n in args.draft_layers]
         for name in args.blocks:
             run_named(name, args, target, results)

@@ -73,8 +73,8 @@ PAIRS = [opposed(), (chain(50, 2), near(chain(50, 2), 1)), (chain(20, 3), chain(
 @pytest.mark.parametrize("pair", PAIRS, ids=["opposed", "near", "unrelated"])
 @pytest.mark.parametrize("rule", RULES)
 def test_the_first_emitted_token_has_the_targets_law(rule: Rule, pair: Pair) -> None:
-    """Over 6,000 seeds. False alarms: 1e-4 each, six cases."""
-    assert first_token_fit(rule(Sampler([])), *pair, draws=6_000) > FALSE_ALARM
+    """Over 4,000 seeds. False alarms: 1e-4 each, six cases."""
+    assert first_token_fit(rule(Sampler([])), *pair, draws=4_000) > FALSE_ALARM
 
 
 @pytest.mark.slow
@@ -83,8 +83,8 @@ def test_the_first_emitted_token_has_the_targets_law(rule: Rule, pair: Pair) -> 
 def test_the_first_emitted_token_has_the_targets_law_over_many_seeds(
     rule: Rule, pair: Pair
 ) -> None:
-    """300,000 seeds. False alarms: 1e-4 each, six cases."""
-    assert first_token_fit(rule(Sampler([])), *pair, draws=300_000) > FALSE_ALARM
+    """100,000 seeds. False alarms: 1e-4 each, six cases."""
+    assert first_token_fit(rule(Sampler([])), *pair, draws=100_000) > FALSE_ALARM
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_the_first_emitted_token_has_the_targets_law_over_many_seeds(
     [(Role.RECOVER, Role.PROPOSE), (Role.ACCEPT, Role.PROPOSE), (Role.RECOVER, Role.ACCEPT)],
 )
 def test_a_random_number_used_twice_is_found(role: Role, instead: Role) -> None:
-    """The same statistic over the same seeds, of a rule in which two roles share their stream."""
+    """The same statistic, of a rule in which two roles share their stream."""
     rule = OptimalCoupling(Reuses(role, instead))
     assert first_token_fit(rule, *opposed(), draws=6_000) < FALSE_ALARM
 
@@ -118,7 +118,7 @@ def test_a_draft_that_is_always_wrong_leaves_the_targets_law(rule: Rule) -> None
     target, draft = chain(8, seed=4), chain(8, seed=5)
     target[:, :4] = -200.0
     draft[:, 4:] = float("-inf")
-    tokens = decode(rule(Sampler([])), target, draft, [2], 2, seeded(2_000, SAMPLED))
+    tokens = decode(rule(Sampler([])), target, draft, [2], 2, seeded(1_500, SAMPLED))
     assert fit(count(tokens, 8), sequence_law(target, SAMPLED, 2)) > FALSE_ALARM
 
 
@@ -146,7 +146,7 @@ def test_every_position_has_the_targets_law_given_its_prefix(
     rule: Rule, draft_lengths: list[int]
 ) -> None:
     """Rounds of every draft length. False alarms: 5e-4 a case, the least of five p-values."""
-    assert min(sequence_fits(rule(Sampler([])), draft_lengths, draws=1_500)) > FALSE_ALARM
+    assert min(sequence_fits(rule(Sampler([])), draft_lengths, draws=1_000)) > FALSE_ALARM
 
 
 @pytest.mark.slow
@@ -155,8 +155,8 @@ def test_every_position_has_the_targets_law_given_its_prefix(
 def test_every_position_has_the_targets_law_over_many_seeds(
     rule: Rule, draft_lengths: list[int]
 ) -> None:
-    """40,000 sequences a case. False alarms: 5e-4 a case, 12 cases."""
-    assert min(sequence_fits(rule(Sampler([])), draft_lengths, draws=40_000)) > FALSE_ALARM
+    """20,000 sequences a case. False alarms: 5e-4 a case, 12 cases."""
+    assert min(sequence_fits(rule(Sampler([])), draft_lengths, draws=20_000)) > FALSE_ALARM
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -164,9 +164,9 @@ def test_noise_shared_between_positions_is_found(rule: Rule) -> None:
     def same_position(sequence: ScheduledSequence, drafted: tuple[int, ...]) -> SamplerRow:
         return replace(SamplerRow.after(sequence, drafted), position=1)
 
-    first, *later, joint = sequence_fits(rule(Sampler([])), [2], 1_500, same_position)
+    first, *later = sequence_fits(rule(Sampler([])), [2], 1_000, same_position)
     assert first > FALSE_ALARM  # one token alone shows nothing
-    assert max(*later, joint) < FALSE_ALARM
+    assert min(later) < FALSE_ALARM
 
 
 def second_round_fit(
@@ -178,7 +178,7 @@ def second_round_fit(
     """
     target = chain(6, seed=8)
     rule = OptimalCoupling(Sampler([]))
-    samplings = seeded(3_000, SAMPLED)
+    samplings = seeded(2_000, SAMPLED)
     sequences = [scheduled([], sampling) for sampling in samplings]
     rounds = run_round(rule, target, chain(6, 9, 2.0), sequences, 2, row_of)
     again = [

@@ -1,5 +1,6 @@
 """What `snapkv` and `recycled` read: the keys that attention weighed most, a layer and head."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,6 @@ def test_recycled_takes_a_selection_in_the_first_round_and_then_every_so_many(
         selections = self_drafter(engine)._selections.values()
         lengths += [s.observed_len for s in selections]
     changes = [i for i in range(1, len(lengths)) if lengths[i] != lengths[i - 1]]
-    gaps = {b - a for a, b in zip(changes, changes[1:], strict=False)}
+    gaps = {b - a for a, b in pairwise(changes)}
     assert gaps == {refresh_rounds}
     assert changes[0] == 1  # the prompt's selection serves one round
