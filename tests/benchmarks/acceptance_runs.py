@@ -142,7 +142,12 @@ def warm_up(engine: Engine, block: Block, first: Configuration) -> None:
     sampling = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
     requests = [Request(f"warm-up-{i}", ids, sampling) for i, ids in enumerate(block.warm_up)]
     started = time.perf_counter()
-    generate(engine, requests, lambda done, seconds: _say(f"{block.name} prefill", done, seconds))
+    stats = engine.stats
+    generate(
+        engine,
+        requests,
+        lambda _, seconds: _say(f"{block.name} prefill", stats.num_prefill_tokens, seconds),
+    )
     seconds = time.perf_counter() - started
     num_tokens = sum(map(len, block.warm_up))
     print(f"{block.name}: prefill of {num_tokens} tokens, {num_tokens / seconds:.0f}/s", flush=True)

@@ -140,12 +140,12 @@ def sequence_fits(
     return [*each, fit(count(tokens, 4), law)]
 
 
-@pytest.mark.parametrize("draft_lengths", [[0], [1], [2], [3], [4], [3, 0, 1, 4, 2]])
+@pytest.mark.parametrize("draft_lengths", [[0], [1], [4], [3, 0, 1, 4, 2]])
 @pytest.mark.parametrize("rule", RULES)
 def test_every_position_has_the_targets_law_given_its_prefix(
     rule: Rule, draft_lengths: list[int]
 ) -> None:
-    """Rounds of every draft length. False alarms: 5e-4 a case, the least of five p-values."""
+    """Rounds of one draft length, and of all in turn. False alarms: 5e-4 a case, the least of five p-values."""
     assert min(sequence_fits(rule(Sampler([])), draft_lengths, draws=1_000)) > FALSE_ALARM
 
 
