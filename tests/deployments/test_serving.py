@@ -152,10 +152,10 @@ def test_one_chunk_a_round(app: ServedApp) -> None:
 
 
 def test_keep_alive_comments_while_waiting(app: ServedApp) -> None:
-    long_prompt = "x" * 480
+    prompts = [f"{i:02}" + "x" * 478 for i in range(12)]  # of different prefixes: nothing is cached
     with ThreadPoolExecutor(12) as pool:
-        busy = [pool.submit(completion, app, prompt=long_prompt) for _ in range(11)]
-        body = {"model": MODEL, "prompt": long_prompt, "max_tokens": 4, "stream": True}
+        busy = [pool.submit(completion, app, prompt=prompt) for prompt in prompts[1:]]
+        body = {"model": MODEL, "prompt": prompts[0], "max_tokens": 4, "stream": True}
         lines = pool.submit(_lines, app, body).result()
         for request in busy:
             request.result()
