@@ -145,7 +145,8 @@ def sequence_fits(
 def test_every_position_has_the_targets_law_given_its_prefix(
     rule: Rule, draft_lengths: list[int]
 ) -> None:
-    """Rounds of one draft length, and of all in turn. False alarms: 5e-4 a case, the least of five p-values."""
+    """Rounds of one draft length, and of all in turn. False alarms: 5e-4 a case, the least of
+    five p-values."""
     assert min(sequence_fits(rule(Sampler([])), draft_lengths, draws=1_000)) > FALSE_ALARM
 
 
