@@ -86,11 +86,7 @@ class SchedulerSettings(Section):
 
 def _whole_or_share(budget: float) -> float:
     """512.0 is 512 positions; what is out of range is left to the engine's config to refuse."""
-    if budget < 1:
-        return budget
-    if budget != int(budget):
-        raise ValueError("must be whole, or a share of the context below 1")
-    return int(budget)
+    return int(budget) if budget >= 1 and budget == int(budget) else budget
 
 
 class SpeculationSettings(Section):

@@ -140,13 +140,22 @@ class SpeculativeConfig:
         check_at_most("draft_length", self.draft_length, self.max_draft_length)
         check_share("max_view_share", self.max_view_share)
         check_at_most("draft_budget", self.draft_budget, self.max_draft_budget)
-        least = self.least_draft_budget(self.draft_length)
-        if self.draft_budget >= 1:
-            check_at_least("draft_budget", self.draft_budget, least)
-        else:
-            check_share("draft_budget", self.draft_budget)
+        self._check_draft_budget()
         if self.draft_model is not None and self.draft_model.window is not None:
+            least = self.least_draft_budget(self.max_draft_length)
             check_at_least("draft_model_window", self.draft_model.window, least)
+
+    def _check_draft_budget(self) -> None:
+        if self.draft_budget < 1:
+            check_share("draft_budget", self.draft_budget)
+            return
+        if self.draft_budget != int(self.draft_budget):
+            raise ConfigError(
+                "draft_budget must be whole, or a share of the context below 1, "
+                f"got {self.draft_budget}"
+            )
+        least = self.least_draft_budget(self.draft_length)
+        check_at_least("draft_budget", self.draft_budget, least)
 
     def least_draft_budget(self, draft_length: int) -> int:
         """The sink, the recent positions and the round's own tokens."""

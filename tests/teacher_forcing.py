@@ -106,7 +106,9 @@ class TeacherForced:
         whole = self._sampler.process(logits.float().cpu(), replace(row, sampling=unmasked)).numpy()
         threshold_gap = float("inf")
         if np.isneginf(scores).any():
-            threshold = whole[np.isfinite(scores)].min()
+            threshold = whole[np.isfinite(scores)].min()  # of top-k and top-p: the last one kept
+            if row.sampling.min_p > 0.0:
+                threshold = whole.max() + np.log(row.sampling.min_p)
             threshold_gap = float(min(abs(whole[t] - threshold) for t in (token, plain)))
         gap = float((scores + noise)[token] - (scores + noise)[plain])
         return Divergence(row.sampling.seed, row.position, gap, threshold_gap)

@@ -52,9 +52,7 @@ def render(results: ResultsFile) -> str:
 
 def _runs(runs: list[dict[str, Any]]) -> str:
     """Machines, then commands; several where a run was interrupted or added to."""
-    machines = dict.fromkeys(
-        f"{r['machine']}, {r['threads']} threads, torch {r['torch']}" for r in runs
-    )
+    machines = dict.fromkeys(f"{r['machine']}, torch {r['torch']}" for r in runs)
     commands = dict.fromkeys(r["command"] for r in runs)
     lines = [f"Machine: {machine}.\n" for machine in machines]
     return "\n".join([*lines, "```", *commands, "```", ""])

@@ -166,12 +166,18 @@ def run_facts(args: Namespace) -> dict[str, Any]:
     words = [re.sub(r"[^=]*/", "", word) for word in sys.argv[1:]]
     return {
         "command": f"make bench BENCH=acceptance BENCH_ARGS={shlex.quote(shlex.join(words))}",
-        "machine": f"{cpu_name()}, {os.cpu_count()} cores",
-        "threads": torch.get_num_threads(),
+        "machine": machine_name(),
         "torch": torch.__version__,
         "model": args.model,
         "dtype": args.dtype,
     }
+
+
+def machine_name() -> str:
+    """What the model runs on: the GPU where there is one, as the runner chooses."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
 def cpu_name() -> str:

@@ -53,7 +53,13 @@ class ServedApp:
         pytest.fail("Serve keeps a dead replica on its list")
 
 
-def tiny_settings(path: Path, *, tensor_parallel_size: int = 1, **server: Any) -> ServeSettings:
+def tiny_settings(
+    path: Path,
+    *,
+    tensor_parallel_size: int = 1,
+    speculation: dict[str, Any] | None = None,
+    **server: Any,
+) -> ServeSettings:
     """An engine whose limits are low enough to be met in a test."""
     return load_settings(
         None,
@@ -61,7 +67,7 @@ def tiny_settings(path: Path, *, tensor_parallel_size: int = 1, **server: Any) -
             "model": {"path": str(path), "dtype": "float32", "served_name": MODEL},
             "cache": {"block_size": 8, "num_blocks": 512},
             "scheduler": {"max_num_seqs": 16, "max_batch_tokens": 128},
-            "speculation": TINY_SPECULATION,
+            "speculation": TINY_SPECULATION | (speculation or {}),
             "parallel": {"num_threads": 1, "tensor_parallel_size": tensor_parallel_size},
             "server": {"port": PORT, "keep_alive_s": 0.2, **server},
         },
@@ -80,11 +86,11 @@ AppFactory = Callable[..., ServedApp]
 
 @pytest.fixture(scope="session")
 def run_app(local_ray: None, tiny_model_dir: Path) -> AppFactory:
-    """Deploys the application with the given server settings, unless that is what runs already."""
+    """Deploys the application with the given settings, unless that is what runs already."""
     running: list[ServeSettings] = []
 
-    def run(**server: Any) -> ServedApp:
-        settings = tiny_settings(tiny_model_dir, **server)
+    def run(**changes: Any) -> ServedApp:
+        settings = tiny_settings(tiny_model_dir, **changes)
         if running != [settings]:
             if running:
                 serve.delete(APP_NAME)

@@ -117,7 +117,7 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
         ({"speculation": {"draft_length": 40}}, "draft_length must be at most 16, got 40"),
         ({"speculation": {"draft_length": -1}}, "draft_length must be at least 0, got -1"),
         ({"speculation": {"draft_budget": 83}}, "draft_budget must be at least 84, got 83"),
-        ({"speculation": {"draft_budget": 90.5}}, "a share of the context below 1 (got 90.5)"),
+        ({"speculation": {"draft_budget": 90.5}}, "a share of the context below 1, got 90.5"),
         ({"speculation": {"draft_budget": -3}}, "Input should be greater than 0 (got -3)"),
         ({"speculation": {"draft_budget": float("nan")}}, "draft_budget: Input should be a finite"),
         ({"speculation": {"max_draft_budget": 100}}, "draft_budget must be at most 100, got 512"),
