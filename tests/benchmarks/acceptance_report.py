@@ -1,8 +1,10 @@
 """Markdown of a results file: every cell that it holds, the ones that look bad included."""
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
+from magicdec.config import SelectionConfig
 from tests.benchmarks.acceptance_cells import DRAFTERS, PLAIN, Cell, ResultsFile
 
 _GROUP_FIELDS = ("block", "model", "dtype", "context", "num_tokens", "temperature", "prompts")
@@ -22,13 +24,19 @@ Under shared noise the emitted tokens are the plain run's whoever drafts, so all
 judged on the same text. A drafted token is *examined* when every draft before it in its round was
 accepted; acceptance is accepted / examined. Mean acceptance length counts the recovered or bonus
 token. `top_k` is the upper bound, not for serving: it reads all keys to choose its view at every
-step. Budgets count KV positions.
+step. Budgets count KV positions. `draft_model` over a window is not `streaming`: its K/V were
+themselves computed under that window, which from the second layer on is another value.
 """
+_DEFAULTS = asdict(SelectionConfig())
 _NEEDLE_NOTE = """
 Twenty facts stand at even depths of each context; a question repeats a fact's words up to its
 six-digit value. Acceptance is over the answers that the plain model gets right, teacher-forced: a
 draft is as long as an answer, so every position but the first, which comes from the prefill and is
 no digit, is examined exactly once, on the plain answer's own tokens.
+"""
+_NEEDLE_END = """
+A question repeats its fact word for word, so `ngram` finds the value by looking the question up:
+its score says nothing about other retrieval.
 """
 _LONG_NOTE = """
 Acceptance by output position. `snapkv` is `recycled` with refresh off: both select after the
@@ -69,31 +77,34 @@ def _group(rows: list[Row]) -> str:
         f"{cell['num_tokens']:,} generated, temperature {cell['temperature']}, "
         f"{cell['prompts']} prompts a task, draft length {', '.join(map(str, lengths))}"
     )
-    head = f"## {_TITLES[block]}\n\n{'; '.join([caption, *common])}.\n"
+    defaults = f" Where a row says nothing else: {', '.join(common)}." if common else ""
+    head = f"## {_TITLES[block]}\n\n{caption}.{defaults}\n"
     if block == "needle":
         plain = next((r for c, r in rows if c["drafter"] == PLAIN), None)
         answered = len(plain["answer_lengths"]) if plain else 0
         head += f"\nThe plain model answers {answered} of {cell['prompts']} questions.\n"
-        return head + _NEEDLE_NOTE + _needle(drafts, labels)
+        return head + _NEEDLE_NOTE + _needle(drafts, labels) + _NEEDLE_END
     if block == "long":
         return head + _LONG_NOTE + _long(drafts, labels)
     return head + "\nAcceptance, and mean acceptance length.\n" + _by_task(drafts, labels)
 
 
 def _settings(drafts: list[Row]) -> tuple[list[str], list[str]]:
-    """What all views share, for the caption; and each row's label with what they do not."""
+    """The defaults that the rows follow, for the caption; and each row's label with what differs.
+
+    `first_layers_factor` matters, and is in a cell, only where some layers are first ones.
+    """
     chosen = [c.get("selection", {}) for c, _ in drafts]
     fields = dict.fromkeys(field for selection in chosen for field in selection)
-    shared = {f: v[0] for f in fields if len(v := list({s[f] for s in chosen if f in s})) == 1}
     labels = []
     for cell, selection in zip((c for c, _ in drafts), chosen, strict=True):
-        own = [f"{_words(f)} {v}" for f, v in selection.items() if f not in shared]
+        own = [f"{_words(f)} {v}" for f, v in selection.items() if v != _DEFAULTS[f]]
         if "draft_model" in cell:
             window = cell["window"]
             own.insert(0, cell["draft_model"])
             own.insert(1, "all of its KV" if window is None else f"window {window}")
         labels.append(f"`{cell['drafter']}`" + (f" ({', '.join(own)})" if own else ""))
-    return [f"{_words(f)} {v}" for f, v in shared.items()], labels
+    return [f"{_words(f)} {_DEFAULTS[f]}" for f in fields], labels
 
 
 def _words(field: str) -> str:
@@ -106,10 +117,16 @@ def _order(cell: Cell) -> tuple[Any, ...]:
         DRAFTERS.index(cell["drafter"]),
         str(cell.get("draft_model")),
         window,
-        str(cell.get("selection")) if cell["drafter"] == "recycled" else "",
+        *_difference(cell),
         cell.get("budget", 0),
         cell["draft_length"],
     )
+
+
+def _difference(cell: Cell) -> tuple[bool, str]:
+    """Rows of other settings come after those of the defaults."""
+    own = {f: v for f, v in cell.get("selection", {}).items() if v != _DEFAULTS[f]}
+    return bool(own), str(own)
 
 
 def _by_task(drafts: list[Row], labels: list[str]) -> str:
@@ -151,24 +168,32 @@ def _texts(cells: list[Row]) -> str:
     rows = [
         [
             *_place(cell),
+            cell["dtype"],
             str(cell["prompts"]),
             f"{result['distinct_4grams']:.1%}",
         ]
         for cell, result in cells
         if cell["drafter"] == PLAIN
     ]
-    drafted = [result for cell, result in cells if cell["drafter"] != PLAIN]
+    dtypes = dict.fromkeys(cell["dtype"] for cell, _ in cells)
+    ties = "\n".join(_divergences(cells, dtype) for dtype in dtypes)
+    names = ["block", "task", "prompt tokens", "dtype", "streams", "distinct 4-grams"]
+    title = "## The texts\n\nA model that repeats itself flatters acceptance.\n"
+    return f"{title}{_table(names, rows)}\n{ties}"
+
+
+def _divergences(cells: list[Row], dtype: str) -> str:
+    drafted = [r for c, r in cells if c["drafter"] != PLAIN and c["dtype"] == dtype]
     diverged = sum(result["diverged"] for result in drafted)
     streams = sum(result["streams"] for result in drafted)
     compared = sum(result["compared"] for result in drafted)
-    ties = (
-        f"{diverged} of {streams} drafted streams left the plain one, in {compared:,} compared "
-        "positions: rounding in the KV cache decides between near-equal scores. Such a stream "
-        "counts up to there.\n"
+    left = f"{dtype}: {diverged} of {streams} drafted streams left the plain one"
+    if diverged == 0:
+        return f"{left}, in {compared:,} compared positions.\n"
+    return (
+        f"{left}, in {compared:,} compared positions: rounding in the KV cache decides between "
+        "near-equal scores. Such a stream counts up to there.\n"
     )
-    names = ["block", "task", "prompt tokens", "streams", "distinct 4-grams"]
-    title = "## The texts\n\nA model that repeats itself flatters acceptance.\n"
-    return f"{title}{_table(names, rows)}\n{ties}"
 
 
 def _all_cells(cells: list[Row]) -> str:
@@ -179,9 +204,15 @@ def _all_cells(cells: list[Row]) -> str:
         drafted = result["drafted"] / max(result["rounds"], 1)
         numbers = [result["rounds"], f"{drafted:.2f}", result["accepted"], result["examined"]]
         ends = [f"{_mean_length(result):.2f}", f"{result['diverged']} of {result['streams']}"]
-        rows.append([*_place(cell), label, _budget(cell), *map(str, numbers), *ends])
-    names = ["block", "task", "prompt tokens", "drafter", "budget", "rounds", "drafts a round"]
-    names += ["accepted", "examined", "mean acceptance length", "diverged streams"]
+        rows.append([*_place(cell), cell["dtype"], label, _budget(cell), *map(str, numbers), *ends])
+    names = ["block", "task", "prompt tokens", "dtype", "drafter", "budget", "rounds"]
+    names += [
+        "drafts a round",
+        "accepted",
+        "examined",
+        "mean acceptance length",
+        "diverged streams",
+    ]
     return "## Every cell\n" + _table(names, rows)
 
 

@@ -97,8 +97,8 @@ def test_a_loop_has_few_distinct_4grams() -> None:
 def test_committed_windows_are_enough_and_differ() -> None:
     windows = read_windows()
     counts = {task: sum(w.task == task for w in windows) for task in {w.task for w in windows}}
-    assert counts == {"novel": 4, "code": 4, "technical": 4, "summary": 4, "needle": 10, "long": 6}
-    assert len({(w.source, w.offset) for w in windows}) == len({w.seed for w in windows}) == 32
+    assert counts == {"novel": 8, "code": 8, "technical": 8, "summary": 8, "needle": 10, "long": 6}
+    assert len({(w.source, w.offset) for w in windows}) == len({w.seed for w in windows}) == 48
 
 
 def test_a_document_that_ends_early_is_refused() -> None:
@@ -169,7 +169,9 @@ def test_a_block_runs_every_cell_once_and_the_report_shows_it(
         assert result["diverged"] == 0 and result["compared"] == 24
         assert result["rounds"] + result["accepted"] == 22  # all but the prefill's tokens
     text = render(again)
-    assert all(f"| `{d.drafter}` | {d.budget or '-'} | " in text for d in drafts)
+    assert "| `ngram` | - | " in text
+    other = "(sink tokens 4, recent tokens 8)"  # a row says what is not the default
+    assert all(f"| `{drafter}` {other} | 32 | " in text for drafter in VIEW_DRAFTERS)
 
 
 def test_too_few_answers_stop_a_block_before_its_drafts(
