@@ -2,8 +2,8 @@
 
 python -m tests.benchmarks.bench_decode --batch 8 --context 7000 --draft-length 4 --draft-budget 512
 
-Prompts are consecutive windows of real text. Each engine is one process-wide model; the prompts are
-prefilled once, then plain and speculative segments of the same streams alternate.
+Prompts are consecutive windows of real text. They are prefilled once; then segments of the same
+streams alternate, plain and under each drafter.
 """
 
 import argparse
@@ -35,7 +35,8 @@ from magicdec.types import Request, SamplingParams
 def main() -> None:
     args = parse_arguments()
     path = resolve_model(args.model)
-    tokens_needed = args.batch * (args.context + args.segment * 2 * (args.rounds + 1) + 64)
+    num_plans = 1 + len(args.drafter)
+    tokens_needed = args.batch * (args.context + args.segment * num_plans * (args.rounds + 1) + 64)
     config = EngineConfig(
         model=ModelConfig(path, args.dtype),
         cache=CacheConfig(num_blocks=-(-tokens_needed // 64) + 2 * args.batch),
@@ -55,14 +56,12 @@ def main() -> None:
         engine.add(Request(str(i), prompt, sampling))
     print(
         f"{args.model} {args.dtype}, {args.batch} x {args.context} tokens, "
-        f"{args.drafter} {args.draft_length} over {args.draft_budget}, torch {torch.__version__}, "
+        f"draft length {args.draft_length} over {args.draft_budget}, torch {torch.__version__}, "
         f"{torch.get_num_threads()} threads, {platform.processor() or platform.machine()}"
     )
     prefill(engine, args.batch * args.context, args)
-    plans = {
-        "plain": Plan(args.drafter, 0, args.draft_budget),
-        "speculative": Plan(args.drafter, args.draft_length, args.draft_budget),
-    }
+    plans = {"plain": Plan(args.drafter[0], 0, args.draft_budget)}
+    plans |= {d: Plan(d, args.draft_length, args.draft_budget) for d in args.drafter}
     measure(engine, plans, args)
 
 
@@ -73,14 +72,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--context", type=int, default=7000)
-    parser.add_argument("--drafter", default="streaming")
+    parser.add_argument("--drafter", nargs="+", default=[SpeculativeConfig().drafter])
     parser.add_argument(
         "--refresh-rounds", type=int, default=SelectionConfig().refresh_rounds, help="of recycled"
     )
     parser.add_argument("--draft-length", type=int, default=4)
     parser.add_argument("--draft-budget", type=int, default=512)
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved pairs of segments")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds of segments")
     parser.add_argument("--segment", type=int, default=12, help="tokens a sequence and segment")
     return parser.parse_args()
 
@@ -95,7 +94,9 @@ def read_text(path: Path | None) -> str:
 
 def prefill(engine: Engine, num_tokens: int, args: argparse.Namespace) -> None:
     """Plain steps until every prompt is in the cache; early ones decode a little meanwhile."""
-    engine.plan = Plan(args.drafter, 0, args.draft_budget)  # the prompt seeds a selection
+    # The prompt seeds the selection of one drafter, and only `snapkv` never selects again.
+    seeded = "snapkv" if "snapkv" in args.drafter else args.drafter[0]
+    engine.plan = Plan(seeded, 0, args.draft_budget)
     started = time.perf_counter()
     while engine.stats.num_prefill_tokens < num_tokens:
         engine.step()
@@ -111,11 +112,13 @@ def measure(engine: Engine, plans: dict[str, Plan], args: argparse.Namespace) ->
             rate, line = segment(engine, plan, args.segment * args.batch, answers)
             if pair > 0:  # the first pair warms up
                 rates[name].append(rate)
-            print(f"  {'warm-up' if pair == 0 else f'pair {pair}':8} {name:12} {line}")
-    ratios = [s / p for p, s in zip(rates["plain"], rates["speculative"], strict=True)]
+            print(f"  {'warm-up' if pair == 0 else f'round {pair}':8} {name:12} {line}")
     for name, values in rates.items():
-        print(f"{name:12} median {statistics.median(values):6.1f} tokens/s {spread(values)}")
-    print(f"{'ratio':12} median {statistics.median(ratios):6.2f} {spread(ratios)}")
+        ratios = [s / p for p, s in zip(rates["plain"], values, strict=True)]
+        print(
+            f"{name:12} median {statistics.median(values):6.1f} tokens/s {spread(values)}, "
+            f"ratio to plain {statistics.median(ratios):.2f} {spread(ratios)}"
+        )
     print(f"distinct 4-grams of the text: {distinct_4grams(answers):.0%} (a loop drafts itself)")
 
 
