@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 CONTEXT = 1500
 BUDGET = 128  # holds few of the twenty facts: a draft that is believed answers wrongly
-MAX_TOKENS = 48  # after the code the text goes on as Python, up to its first parenthesis
+MAX_TOKENS = 32  # after the code the text goes on as Python, up to its first parenthesis
 Z = 3.29  # two-sided 0.1 % of the normal law
 KOLMOGOROV = 1.95  # 0.1 % of the two-sample statistic
 
@@ -79,7 +79,7 @@ def every_core() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def contexts() -> list[NeedleContext]:
     tokenizer = load_tokenizer(resolve_model(EMBEDDED_MODEL_NAME))
-    windows = [Window("needle", "turtle", 9000 * i, seed=i) for i in range(3)]
+    windows = [Window("needle", "turtle", 9000 * i, seed=i) for i in range(2)]
     source = inspect.getsource(turtle)
     return [build_context(w, source, tokenizer, CONTEXT, str(w.seed)) for w in windows]
 
@@ -125,6 +125,8 @@ def answers(
         for i, fact in enumerate(context.facts):
             correct.append(fact.code in text(outputs[str(i)]))
             lengths.append(len(token_ids(outputs[str(i)])))
+    name = rule.__name__ if rule else verification
+    print(f"{name}, {drafter} {draft_length}: {sum(correct)} of {len(correct)} answered")
     return Answers(correct, lengths)
 
 
