@@ -177,7 +177,7 @@ def machine_name() -> str:
     """What the model runs on: the GPU where there is one, as the runner chooses."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return f"{cpu_name()}, {os.cpu_count()} cores, torch threads {torch.get_num_threads()}"
 
 
 def cpu_name() -> str:
