@@ -81,7 +81,7 @@ class SelectionConfig:
     num_recent_tokens: int = 64  # at least so many of the last ones, always read
     num_first_layers: int = 0  # layers that read first_layers_factor times the budget
     first_layers_factor: float = 2.0
-    refresh_rounds: int = 4  # `recycled`: a new selection every so many verify passes
+    refresh_rounds: int = 16  # `recycled`: a new selection every so many verify passes
     chunk_size: int = 1  # `recycled`: positions chosen together
     coverage: float = 1.0  # `recycled`: stop at this share of the attention mass; 1: whole budget
 
@@ -117,7 +117,7 @@ class SpeculativeConfig:
     stream whose replica died; `shared_gumbel` keeps both.
     """
 
-    drafter: str = "streaming"
+    drafter: str = "recycled"
     draft_length: int = 4  # 0: plain decoding
     draft_budget: float = 512  # KV positions a draft step reads; below 1: a share of the context
     max_draft_length: int = MAX_DRAFT_LENGTH  # the most that a request may ask for

@@ -74,7 +74,7 @@ def test_a_port_in_use_is_one_line() -> None:
 @pytest.mark.parametrize(
     ("draft", "line"),
     [
-        ({}, "streaming, length 4, budget 512 positions"),
+        ({}, "recycled, length 4, budget 512 positions"),
         ({"drafter": "snapkv", "draft_budget": 0.1}, "snapkv, length 4, budget 10.0% of the"),
         ({"draft_budget": 2048.0}, "budget 2,048 positions"),
         ({"draft_length": 0}, "off (draft length 0)"),
