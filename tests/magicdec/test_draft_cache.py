@@ -191,6 +191,7 @@ def test_the_tokens_of_a_window_are_the_plain_ones(
         tiny_model_dir,
         drafter="draft_model",
         draft_length=6,
+        max_draft_length=7,
         num_blocks=100,
         draft_model=DraftModelConfig(str(tiny_model_dir), 13),
     )

@@ -222,9 +222,9 @@ def test_a_shorter_context_is_refused_unless_no_more_is_served(
 
 
 def test_a_window_too_small_for_a_round_is_refused(tiny_model_dir: Path) -> None:
-    """Sink 4, recent 2, draft length 4."""
-    with pytest.raises(ConfigError, match="draft_model_window must be at least 10, got 9"):
-        drafted_config(tiny_model_dir, tiny_model_dir, 9)
+    """Sink 4, recent 2, and 16 tokens, the longest draft that a request may ask for."""
+    with pytest.raises(ConfigError, match="draft_model_window must be at least 22, got 21"):
+        drafted_config(tiny_model_dir, tiny_model_dir, 21)
 
 
 def _shape() -> dict[str, Any]:
