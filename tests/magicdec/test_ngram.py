@@ -54,14 +54,18 @@ def test_a_text_with_a_period_is_continued_past_its_end() -> None:
 
 
 def test_a_long_history_costs_little() -> None:
-    """Under 2 ms for 128K tokens, also where every position is a candidate."""
+    """Thirty passes over 128K tokens at most (nine measured), also where every position is a
+    candidate. Counted in passes of the same machine: a busy one slows both."""
     for history in (np.zeros(1 << 17, np.int64), np.arange(1 << 17) % 50, np.arange(1 << 17)):
-        seconds = []
+        lookups, passes = [], []
         for _ in range(20):
             started = time.perf_counter()
             lookup(history, 16)
-            seconds.append(time.perf_counter() - started)
-        assert min(seconds) < 0.002
+            found = time.perf_counter()
+            np.flatnonzero(history[:-1] == history[-1:])
+            lookups.append(found - started)
+            passes.append(time.perf_counter() - found)
+        assert min(lookups) < 30 * min(passes)
 
 
 def test_drafts_change_no_token(tiny_model_dir: Path, make_engine: EngineFactory) -> None:
