@@ -31,6 +31,7 @@ from magicdec.cluster.shard_worker import (
 )
 from magicdec.config import ConfigError, EngineConfig
 from magicdec.executor import ExecutorError
+from magicdec.profiling.device_rates import RankDevice
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,10 @@ class ShardedExecutor:
     def attention_backend(self) -> str:
         return self._facts.attention_backend
 
+    def measure_device(self) -> RankDevice:
+        """As the ranks measured it when they had loaded, all at once."""
+        return self._facts.device
+
     def execute(self, batch: Batch) -> StepResult:
         """Raises ExecutorError when a rank died, failed, hung, or disagrees with rank 0."""
         if self._failure is not None:
@@ -130,7 +135,8 @@ class ShardedExecutor:
         num_blocks = min(fact.num_affordable_blocks for fact in facts)
         _gather([worker.allocate.remote(num_blocks) for worker in self._workers])
         self._connect()
-        smallest: ShardFacts = replace(facts[0], num_affordable_blocks=num_blocks)
+        device = min((fact.device for fact in facts), key=lambda d: d.rates.bandwidth)
+        smallest: ShardFacts = replace(facts[0], num_affordable_blocks=num_blocks, device=device)
         return smallest
 
     def _connect(self) -> None:

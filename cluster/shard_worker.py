@@ -19,6 +19,7 @@ from magicdec.cluster.placement import Rendezvous
 from magicdec.cluster.preflight import preflight
 from magicdec.config import EngineConfig
 from magicdec.model_loader import compute_dtype, describe_model, resolve_checkpoint
+from magicdec.profiling.device_rates import RankDevice
 from magicdec.runner import ModelRunner
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ class ShardFacts:
 
     num_affordable_blocks: int
     attention_backend: str
+    device: RankDevice
     warnings: tuple[str, ...]
 
 
@@ -83,6 +85,7 @@ class ShardWorker:
         return ShardFacts(
             self._runner.num_affordable_blocks(),
             self._runner.attention_backend,
+            self._runner.measure_device(),
             report.warnings,
         )
 

@@ -41,6 +41,11 @@ class AttentionContext(Protocol):
 class AttentionObserver(Protocol):
     """Is shown each layer of a verify forward after its K/V are in the pages."""
 
+    @property
+    def num_sequences(self) -> int:
+        """How many of the forward's it looks at."""
+        ...
+
     def observe(
         self,
         layer: int,

@@ -4,6 +4,7 @@ from typing import Protocol
 
 from magicdec.batch import Batch, StepResult
 from magicdec.config import EngineConfig
+from magicdec.profiling.device_rates import RankDevice
 from magicdec.runner import ModelRunner
 
 
@@ -19,6 +20,10 @@ class Executor(Protocol):
 
     @property
     def attention_backend(self) -> str: ...
+
+    def measure_device(self) -> RankDevice:
+        """What a rank runs on; the slowest of them, where they differ."""
+        ...
 
     def execute(self, batch: Batch) -> StepResult:
         """Raises ExecutorError when a rank died or failed."""
@@ -41,6 +46,9 @@ class LocalExecutor:
     @property
     def attention_backend(self) -> str:
         return self._runner.attention_backend
+
+    def measure_device(self) -> RankDevice:
+        return self._runner.measure_device()
 
     def execute(self, batch: Batch) -> StepResult:
         return self._runner.execute(batch)

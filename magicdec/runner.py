@@ -15,6 +15,7 @@ from magicdec.kernels.dispatch import select_backend
 from magicdec.kernels.paged_layout import PagedLayout
 from magicdec.kv_cache import PagedKVCache
 from magicdec.model_loader import LoadedModel, load_draft_model, load_model, read_model_facts
+from magicdec.profiling.device_rates import RankDevice, measure_device
 from magicdec.sampler import Proposal, Sampler, SamplerRow
 from magicdec.verification import VerificationRule, verification_rule
 
@@ -60,6 +61,11 @@ class ModelRunner:
         assert self._cache is not None, "allocate_cache comes before the first step"
         return self._cache
 
+    def measure_device(self) -> RankDevice:
+        """Takes a fraction of a second. The dtype is the one that the linears run in."""
+        weights = next(self._model.module.parameters())
+        return measure_device(weights.device, weights.dtype)
+
     def num_affordable_blocks(self) -> int:
         model = self._model
         return num_blocks_beside_draft(
@@ -89,12 +95,13 @@ class ModelRunner:
         self._release(batch.released)
         drafts = self._draft(batch)
         drafted = time.perf_counter()
-        emitted = self._verify(batch, drafts)
+        emitted, num_observed = self._verify(batch, drafts)
         results = tuple(
             SequenceResult(tokens, tuple(p.token_id for p in draft))
             for tokens, draft in zip(emitted, drafts, strict=True)
         )
-        return StepResult(results, drafted - started, time.perf_counter() - drafted)
+        verify_seconds = time.perf_counter() - drafted
+        return StepResult(results, drafted - started, verify_seconds, num_observed)
 
     def _release(self, sequence_ids: tuple[int, ...]) -> None:
         for drafter in self._each_drafter():
@@ -121,8 +128,11 @@ class ModelRunner:
         """Each one once: several names may be one drafter's."""
         return list({id(drafter): drafter for drafter in self._drafters.values()}.values())
 
-    def _verify(self, batch: Batch, drafts: list[tuple[Proposal, ...]]) -> list[tuple[int, ...]]:
-        """The tokens each sequence emits; none for a chunk that ends before the last token."""
+    def _verify(
+        self, batch: Batch, drafts: list[tuple[Proposal, ...]]
+    ) -> tuple[list[tuple[int, ...]], int]:
+        """The tokens each sequence emits, none for a chunk that ends before the last token; and
+        how many sequences were observed."""
         layout, token_ids = _pack(batch.sequences, drafts, self._pages.block_size)
         watched = [drafter.watch(batch.sequences, layout) for drafter in self._each_drafter()]
         observers = [observer for observer in watched if observer is not None]
@@ -133,7 +143,8 @@ class ModelRunner:
             d for d, s in zip(drafts, batch.sequences, strict=True) if s.sampling is not None
         ]
         emitted = iter(self._rule.verify(logits, rows, sampled) if rows else [])
-        return [() if s.sampling is None else next(emitted) for s in batch.sequences]
+        num_observed = sum(observer.num_sequences for observer in observers)
+        return [() if s.sampling is None else next(emitted) for s in batch.sequences], num_observed
 
     def forward(
         self,

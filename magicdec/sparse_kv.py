@@ -122,6 +122,11 @@ class SelectionObserver:
         self._config = config
         self._row_stops = np.cumsum(layout.query_lens)
 
+    @property
+    def num_sequences(self) -> int:
+        """See AttentionObserver."""
+        return len(self._observations)
+
     def observe(
         self,
         layer: int,

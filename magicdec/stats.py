@@ -11,6 +11,8 @@ class EngineLoad:
     num_waiting: int
     free_kv_tokens: int  # can be had: what the prefix cache would give up counts
     total_kv_tokens: int
+    num_prefill_tokens: int = 0  # still to compute before a first token, running and waiting
+    num_waiting_tokens: int = 0  # of sequences that wait: they hold no block yet
 
 
 @dataclass(slots=True)

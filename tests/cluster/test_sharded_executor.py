@@ -18,6 +18,7 @@ from magicdec.batch import Batch, ScheduledSequence
 from magicdec.cluster.executor import ShardedExecutor
 from magicdec.cluster.placement import replica_bundles
 from magicdec.config import CacheConfig, EngineConfig, ParallelConfig
+from magicdec.control.round_policy import FixedPolicy
 from magicdec.deployments.embedded_model import EMBEDDED_MODEL_NAME, resolve_model
 from magicdec.engine import Engine
 from magicdec.executor import Executor, ExecutorError, LocalExecutor
@@ -97,9 +98,9 @@ def multi_query_executor(
 
 def engine_on(executor: Executor, config: EngineConfig, draft_length: int) -> Engine:
     path = config.model.path
-    engine = Engine(config, executor, load_tokenizer(path), read_model_facts(path))
-    engine.plan = replace(engine.plan, draft_length=draft_length)
-    return engine
+    plan = FixedPolicy.of(config.speculation).plan
+    policy = FixedPolicy(replace(plan, draft_length=draft_length))
+    return Engine(config, executor, load_tokenizer(path), read_model_facts(path), policy)
 
 
 @pytest.mark.parametrize("draft_length", [0, 4])

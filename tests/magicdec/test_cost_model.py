@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from magicdec.control.cost_correction import CostCorrection
 from magicdec.cost_model import (
     VERIFY,
-    CostCorrection,
     CostModel,
     StepCost,
     StepShape,
