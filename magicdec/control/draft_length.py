@@ -1,0 +1,237 @@
+"""Who drafts next round, how far and over how much: the most predicted tokens a second.
+
+Every round weighs all drafters, budgets and draft lengths, plain decoding among them, by what the
+acceptance model says they emit and the cost model says they take: MagicDec's Eq. 4 (arXiv
+2408.11049) with measured hazards in place of one acceptance. It knows no scheduler and no clock.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from magicdec.acceptance.model import AcceptanceModel
+from magicdec.acceptance.prior import Floats
+from magicdec.acceptance.records import Observation
+from magicdec.batch import Plan
+from magicdec.config import MAX_DRAFT_LENGTH, check_at_least, check_share
+from magicdec.control.cost_correction import MAX_ABSURDITY
+from magicdec.control.exploration import ExplorationAccount
+from magicdec.control.request_lengths import Candidate, split_rows, trim_rows
+from magicdec.control.round_costs import RoundCosts, RoundLoad
+from magicdec.control.round_forecast import Forecast, Forecaster
+
+_LOOK_EVERY = 2  # rounds between looks for something to try, where no request is new
+
+
+@dataclass(frozen=True, slots=True)
+class ControllerConfig:
+    """How reluctantly choices change. Gains are shares of the predicted tokens a second."""
+
+    leave_plain_gain: float = 0.03
+    switch_gain: float = 0.01  # between drafts, and for draft lengths of single requests
+    exploration_share: float = 0.01  # of the time, that may be lost by trying; 0: never try
+    max_view_share: float = 1 / 3  # no draft where its view would be more of the context
+
+    def __post_init__(self) -> None:
+        check_at_least("leave_plain_gain", self.leave_plain_gain, 0)
+        check_at_least("switch_gain", self.switch_gain, 0)
+        check_share("max_view_share", self.max_view_share)
+
+
+@dataclass(frozen=True, slots=True)
+class RoundChoice:
+    """The plan of one round, and the requests that draft another length than it says."""
+
+    plan: Plan
+    draft_lengths: Mapping[str, int] = field(default_factory=dict)  # by request key
+    explores: bool = False
+    explores_new: bool = False  # because most requests are new while nothing is drafted
+    predicted_seconds: float = math.nan  # NaN, all three: nothing decodes
+    predicted_tokens: float = math.nan
+    set_aside_rate: float = math.nan  # tokens/s of the best choice known; an exploring round's loss
+
+    def draft_length(self, request_key: str) -> int:
+        return self.draft_lengths.get(request_key, self.plan.draft_length)
+
+
+@dataclass(frozen=True, slots=True)
+class RowOutcome:
+    """What became of one decode row, as the plan had it.
+
+    `draft_length` is what its drafter was asked for; None: as many as it proposed. A row that went
+    by its request's own wish has (0, 0); what it showed is for AcceptanceModel.observe.
+    """
+
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    draft_length: int | None = None
+
+    @property
+    def is_possible(self) -> bool:
+        return 0 <= self.num_accepted_tokens <= self.num_draft_tokens <= MAX_DRAFT_LENGTH
+
+
+class DraftController:
+    """Not thread-safe; one owner calls `choose`, runs the round, and calls `observe`.
+
+    Draft length 0 is left for a gain above leave_plain_gain alone; other changes need switch_gain.
+    What cannot be, in an outcome or a time, is counted in `num_dropped` and moves nothing.
+    """
+
+    def __init__(
+        self,
+        acceptance: AcceptanceModel,
+        costs: RoundCosts,
+        config: ControllerConfig | None = None,
+    ) -> None:
+        self.acceptance = acceptance
+        self._config = ControllerConfig() if config is None else config
+        self._forecaster = Forecaster(acceptance, costs, self._config.max_view_share)
+        self.exploration = ExplorationAccount(self._config.exploration_share)
+        self._current = (0, 0)  # setting and draft length, for all rows, trials aside
+        self._was_split = False
+        self._untried: set[str] = set()  # drafters, of requests that came while nothing is drafted
+        self._num_choices = 0
+        self._num_dropped_times = 0
+
+    @property
+    def num_dropped(self) -> int:
+        return self.acceptance.num_dropped + self._num_dropped_times
+
+    def choose(self, load: RoundLoad) -> RoundChoice:
+        """The next round's plan. Without decode rows it is plain, for the drafter that was last."""
+        self._num_choices += 1
+        if not load.context_lens:
+            return RoundChoice(self._plan(self._current[0], 0))
+        forecast = self._forecaster.forecast(load)
+        setting, length = self._current = self._decide(forecast.rates)
+        best = _candidate(forecast, setting, length)
+        if load.request_keys:
+            best = self._own_lengths(forecast, best)
+        return self._try_another(forecast, best) or self._choice(load, best, best.rate)
+
+    def observe(
+        self, load: RoundLoad, choice: RoundChoice, outcomes: Sequence[RowOutcome], seconds: float
+    ) -> None:
+        """What a round came to; outcomes in the order of the load's decode rows.
+
+        Raises ValueError unless there is one a row.
+        """
+        if len(outcomes) != len(load.context_lens):
+            raise ValueError(
+                f"outcomes must be one a decode row ({len(load.context_lens)}), got {len(outcomes)}"
+            )
+        if not outcomes:
+            return
+        keys = load.request_keys or ("",) * len(outcomes)
+        self.acceptance.observe_round(
+            [
+                Observation(
+                    choice.plan.drafter,
+                    choice.plan.draft_budget,
+                    context_len,
+                    outcome.num_draft_tokens,
+                    outcome.num_accepted_tokens,
+                    key or None,
+                    outcome.draft_length,
+                )
+                for context_len, key, outcome in zip(load.context_lens, keys, outcomes, strict=True)
+            ]
+        )
+        self._settle(choice, outcomes, seconds)
+
+    def _decide(self, rates: Floats) -> tuple[int, int]:
+        """Setting and draft length for all rows alike. A plain choice names the best drafter: a
+        prompt's last chunk seeds its view."""
+        plain, now = rates[0, 0], rates[self._current]
+        setting, length = divmod(int(np.argmax(rates[:, 1:])), rates.shape[1] - 1)
+        best = rates[setting, length + 1]
+        if self._current[1] == 0:
+            leaves = best > (1.0 + self._config.leave_plain_gain) * plain
+            return (setting, length + 1) if leaves else (setting, 0)
+        if best <= plain:
+            return (setting, 0)
+        switches = best > (1.0 + self._config.switch_gain) * now
+        return (setting, length + 1) if switches else self._current
+
+    def _own_lengths(self, forecast: Forecast, best: Candidate) -> Candidate:
+        split = split_rows(forecast, best, self._forecaster.costs)
+        margin = self._config.switch_gain
+        if best.draft_length == 0:
+            margin = 0.0 if self._was_split else self._config.leave_plain_gain
+        self._was_split = split is not None and split.rate > (1.0 + margin) * best.rate
+        if split is not None and self._was_split:
+            best = split
+        if best.draft_length > 0:
+            trimmed = trim_rows(forecast, best, self._forecaster.costs)
+            if trimmed.rate > (1.0 + self._config.switch_gain) * best.rate:
+                best = trimmed
+        return best
+
+    def _try_another(self, forecast: Forecast, best: Candidate) -> RoundChoice | None:
+        load, plain = forecast.load, best.draft_length == 0
+        num_unseen = sum(self.acceptance.num_rounds(key) == 0 for key in load.request_keys)
+        if not plain or 2 * num_unseen > len(load.context_lens):
+            # Should the next rounds be plain, they say nothing of the requests: each drafter is
+            # tried for them once, but for the one that drafts now.
+            self._untried = {drafter for drafter, _ in self._forecaster.settings}
+            if not plain:
+                self._untried.discard(self._forecaster.settings[best.setting][0])
+        are_new = plain and bool(self._untried)
+        if not are_new and self._num_choices % _LOOK_EVERY:
+            return None
+        if not self.exploration.has_credit(float(forecast.seconds[0, 0]), are_new=are_new):
+            return None
+        trial = self.exploration.pick(
+            forecast,
+            self._forecaster.hopeful_tokens(load),
+            best,
+            self._config.leave_plain_gain if plain else self._config.switch_gain,
+            [drafter in self._untried or not are_new for drafter, _ in self._forecaster.settings],
+            are_new=are_new,
+        )
+        if trial is None:
+            return None
+        self._untried.discard(self._forecaster.settings[trial.setting][0])
+        tried = _candidate(forecast, trial.setting, trial.draft_length)
+        choice = self._choice(load, tried, best.rate)
+        return replace(choice, explores=True, explores_new=are_new)
+
+    def _choice(self, load: RoundLoad, chosen: Candidate, set_aside_rate: float) -> RoundChoice:
+        return RoundChoice(
+            self._plan(chosen.setting, chosen.draft_length),
+            {load.request_keys[row]: length for row, length in chosen.row_lengths.items()},
+            predicted_seconds=chosen.seconds,
+            predicted_tokens=chosen.tokens,
+            set_aside_rate=set_aside_rate,
+        )
+
+    def _plan(self, setting: int, draft_length: int) -> Plan:
+        drafter, draft_budget = self._forecaster.settings[setting]
+        return Plan(drafter, draft_length, draft_budget)
+
+    def _settle(self, choice: RoundChoice, outcomes: Sequence[RowOutcome], seconds: float) -> None:
+        """Keeps the account of what trying costs."""
+        predicted = choice.predicted_seconds
+        usable = predicted / MAX_ABSURDITY <= seconds <= predicted * MAX_ABSURDITY
+        if usable:
+            self.exploration.pay_in(seconds)
+        else:
+            self._num_dropped_times += 1
+        if not choice.explores:
+            return
+        rate = choice.set_aside_rate
+        losses = [predicted - choice.predicted_tokens / rate]
+        if usable and all(outcome.is_possible for outcome in outcomes):
+            num_tokens = len(outcomes) + sum(outcome.num_accepted_tokens for outcome in outcomes)
+            losses.append(seconds - num_tokens / rate)
+        self.exploration.charge(max(losses), are_new=choice.explores_new)
+
+
+def _candidate(forecast: Forecast, setting: int, draft_length: int) -> Candidate:
+    """One choice for all rows alike."""
+    at = (setting, draft_length)
+    tokens, seconds = float(forecast.tokens[at]), float(forecast.seconds[at])
+    return Candidate(setting, draft_length, tokens, seconds)
