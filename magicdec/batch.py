@@ -6,12 +6,13 @@ replaces the first draft it did not agree with; the *bonus* token follows a draf
 Every round that samples emits its accepted tokens and exactly one recovered or bonus token.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from magicdec.types import SamplingParams
+from magicdec.types import SamplingParams, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,12 @@ class Plan:
     drafter: str
     draft_length: int
     draft_budget: float  # KV positions, or below 1 a share of each context
+    draft_lengths: Mapping[str, int] = field(default_factory=dict)  # by request id, that differ
+    max_prefill_rows: int | None = None  # None: all that the token budget leaves
+    prompt_drafter: str | None = None  # whose view a prompt's last chunk seeds; None: drafter's
+
+    def draft_length_of(self, request_id: str) -> int:
+        return self.draft_lengths.get(request_id, self.draft_length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +59,28 @@ class ScheduledSequence:
     num_prompt_tokens: int
     history: NDArray[np.int64] | None  # [num_tokens] prompt and output, for penalties and drafters
     draft: DraftChoice | None  # None: speculation is off for this request
+
+    @classmethod
+    def of(
+        cls, sequence: Sequence, num_rows: int, draft: DraftChoice | None
+    ) -> "ScheduledSequence":
+        """The next rows of a sequence whose blocks are there."""
+        start = sequence.num_computed_tokens
+        stop = start + num_rows
+        samples = stop == len(sequence.token_ids)
+        sampling = sequence.request.sampling
+        drafter_reads = draft is not None and draft.needs_history
+        needs_history = drafter_reads or (samples and sampling.has_penalties)
+        return cls(
+            sequence_id=sequence.sequence_id,
+            token_ids=np.array(sequence.token_ids[start:stop], dtype=np.int64),
+            num_computed_tokens=start,
+            block_table=np.array(sequence.block_table, dtype=np.int64),
+            sampling=sampling if samples else None,
+            num_prompt_tokens=sequence.num_prompt_tokens,
+            history=np.array(sequence.token_ids, dtype=np.int64) if needs_history else None,
+            draft=draft,
+        )
 
     @property
     def draft_length(self) -> int:
@@ -109,3 +138,4 @@ class StepResult:
     sequences: tuple[SequenceResult, ...]
     draft_seconds: float
     verify_seconds: float
+    num_observed: int = 0  # sequences whose attention was shown to a drafter, while verifying

@@ -107,6 +107,10 @@ class BlockPool:
         """How many of these are in a table, and so not counted by num_free."""
         return sum(self._num_references[block] > 0 for block in blocks)
 
+    def num_shared(self, blocks: Iterable[int]) -> int:
+        """How many of these are in more than one table."""
+        return sum(self._num_references[block] > 1 for block in blocks)
+
     def check_integrity(self, block_tables: Iterable[list[int]]) -> None:
         """Every block is free, idle, or referenced just as often as tables hold it; only a
         registered one is held twice. Raises AssertionError otherwise."""

@@ -1,6 +1,7 @@
 """Frozen, composed settings of one engine, resolved once before it is built."""
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_DRAFT_LENGTH = 16  # kernels take up to 17 rows a sequence
@@ -108,6 +109,31 @@ class DraftModelConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class AdaptiveConfig:
+    """What each round may choose among, and how reluctantly (draft_length.py)."""
+
+    drafters: tuple[str, ...] = ("recycled", "ngram")
+    draft_budgets: tuple[float, ...] = (256, 512, 1024)  # ascending; not for those without a view
+    exploration_share: float = 0.01  # of the time, that may be lost by trying; 0: never try
+    inter_token_target_s: float = 1.0  # prefill beside decode rows ends a step about there
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.drafters if name not in DRAFTERS]
+        if unknown or not self.drafters or len(set(self.drafters)) < len(self.drafters):
+            names = ", ".join(DRAFTERS)
+            raise ConfigError(f"drafters must be of {names}, once each, got {self.drafters}")
+        budgets = self.draft_budgets
+        if not budgets or not all(a < b for a, b in pairwise((0, *budgets))):
+            raise ConfigError(f"draft_budgets must be above 0 and ascend, got {budgets}")
+        check_at_least("exploration_share", self.exploration_share, 0)
+        check_at_most("exploration_share", self.exploration_share, 1)
+        if not self.inter_token_target_s > 0:
+            raise ConfigError(
+                f"inter_token_target_s must be above 0, got {self.inter_token_target_s}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class SpeculativeConfig:
     """The draft: by whom, how many tokens a round, over how much of the KV cache.
 
@@ -126,6 +152,7 @@ class SpeculativeConfig:
     verification: str = "shared_gumbel"
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     draft_model: DraftModelConfig | None = None
+    adaptive: AdaptiveConfig | None = None  # None: every round is as drafter, length, budget say
 
     def __post_init__(self) -> None:
         if self.drafter not in DRAFTERS:
@@ -144,6 +171,18 @@ class SpeculativeConfig:
         if self.draft_model is not None and self.draft_model.window is not None:
             least = self.least_draft_budget(self.max_draft_length)
             check_at_least("draft_model_window", self.draft_model.window, least)
+        if self.adaptive is not None:
+            self._check_adaptive(self.adaptive)
+
+    def _check_adaptive(self, adaptive: AdaptiveConfig) -> None:
+        if "draft_model" in adaptive.drafters and self.draft_model is None:
+            raise ConfigError("drafters draft_model needs the path of a draft model")
+        check_at_least("max_draft_length", self.max_draft_length, 1)
+        whole = [budget for budget in adaptive.draft_budgets if budget >= 1]
+        if whole:
+            least = self.least_draft_budget(self.max_draft_length)
+            check_at_least("draft_budgets", whole[0], least)
+            check_at_most("draft_budgets", whole[-1], self.max_draft_budget)
 
     def _check_draft_budget(self) -> None:
         if self.draft_budget < 1:
@@ -156,6 +195,12 @@ class SpeculativeConfig:
             )
         least = self.least_draft_budget(self.draft_length)
         check_at_least("draft_budget", self.draft_budget, least)
+
+    @property
+    def selection_budget(self) -> int:
+        """KV positions that a selection is made for at least: rounds may change their budget."""
+        budgets = () if self.adaptive is None else self.adaptive.draft_budgets
+        return int(max((budget for budget in budgets if budget >= 1), default=0))
 
     def least_draft_budget(self, draft_length: int) -> int:
         """The sink, the recent positions and the round's own tokens."""

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 
 from magicdec.batch import DraftChoice, Plan
 from magicdec.config import DRAFTERS, SpeculativeConfig
-from magicdec.types import RequestError, SpeculationParams
+from magicdec.types import AUTO, Request, RequestError, SpeculationParams
 
-AUTO = "auto"
 _BUDGET_STEP = 64  # a share of a growing context is rounded up, so that views keep their shape
 
 
@@ -56,17 +55,20 @@ def check_speculation(params: SpeculationParams, config: SpeculativeConfig) -> N
 
 
 def choose_draft(
-    plan: Plan, params: SpeculationParams, config: SpeculativeConfig, context_len: int
+    plan: Plan, request: Request, config: SpeculativeConfig, context_len: int
 ) -> DraftChoice | None:
     """The request's wish where it has one, the plan elsewhere; None where speculation is off.
 
     draft_length is 0 where the view would be too much of the context to pay.
     """
+    params = request.speculation
     if not params.enabled:
         return None
     wished = params.drafter not in (None, AUTO)
     drafter = params.drafter if wished and params.drafter is not None else plan.drafter
-    length = plan.draft_length if params.draft_length is None else params.draft_length
+    length = params.draft_length
+    if length is None:
+        length = plan.draft_length_of(request.request_id)
     wish = plan.draft_budget if params.draft_budget is None else params.draft_budget
     budget = int(wish)
     if wish < 1:

@@ -1,11 +1,13 @@
 """The engine: requests in, tokens and text out, one step at a time."""
 
 import itertools
+import time
 
 from transformers import PreTrainedTokenizerBase
 
-from magicdec.batch import Batch, Plan, StepResult
+from magicdec.batch import Batch, StepResult
 from magicdec.config import ConfigError, EngineConfig
+from magicdec.control.round_policy import FixedPolicy, RoundPolicy
 from magicdec.detokenizer import Detokenizer
 from magicdec.draft_choice import check_speculation
 from magicdec.executor import Executor
@@ -33,7 +35,9 @@ class Engine:
         executor: Executor,
         tokenizer: PreTrainedTokenizerBase,
         facts: ModelFacts,
+        policy: RoundPolicy | None = None,
     ) -> None:
+        """Without a policy every round is as the config says."""
         self.config = config
         self.stats = EngineStats()
         self._executor = executor
@@ -42,8 +46,7 @@ class Engine:
         self._total_kv_tokens = executor.num_blocks * config.cache.block_size
         self.max_model_len = _resolve_max_model_len(config, facts, self._total_kv_tokens)
         self._scheduler = Scheduler(config, executor.num_blocks, self.max_model_len)
-        speculation = config.speculation
-        self.plan = Plan(speculation.drafter, speculation.draft_length, speculation.draft_budget)
+        self.policy: RoundPolicy = policy or FixedPolicy.of(config.speculation)
         self._arrivals = itertools.count()
         self._sequences: dict[str, Sequence] = {}
         self._detokenizers: dict[str, Detokenizer] = {}
@@ -51,11 +54,14 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """One round of every running sequence. Raises ExecutorError when a rank fails."""
+        started = time.perf_counter()
         outputs, self._finished_on_arrival = self._finished_on_arrival, []
-        batch = self._scheduler.schedule(self.plan)
+        plan = self.policy.choose(self._scheduler.begin_step())
+        batch = self._scheduler.schedule(plan)
         if batch.sequences:
             result = self._executor.execute(batch)
             outputs += self._update(batch, result)
+            self.policy.observe(batch, result, time.perf_counter() - started)
         return outputs
 
     def add(self, request: Request) -> None:
@@ -76,7 +82,7 @@ class Engine:
         """Drops a request and frees its blocks now; unknown ids are ignored (it just finished)."""
         sequence = self._sequences.pop(request_id, None)
         if sequence is not None:
-            self._scheduler.finish(sequence)
+            self._scheduler.drop(sequence)
             del self._detokenizers[request_id]
 
     def has_unfinished(self) -> bool:
@@ -88,6 +94,8 @@ class Engine:
             num_waiting=len(self._scheduler.waiting),
             free_kv_tokens=self._scheduler.pool.num_free * self.config.cache.block_size,
             total_kv_tokens=self._total_kv_tokens,
+            num_prefill_tokens=self._scheduler.num_prefill_tokens,
+            num_waiting_tokens=sum(len(s.token_ids) for s in self._scheduler.waiting),
         )
 
     def check_integrity(self) -> None:

@@ -9,12 +9,14 @@ import itertools
 from collections import deque
 from dataclasses import replace
 
-import numpy as np
-
 from magicdec.batch import Batch, DraftChoice, Plan, ScheduledSequence, StepResult
 from magicdec.block_pool import BlockPool
 from magicdec.config import OBSERVATION_WINDOW, EngineConfig
+from magicdec.control.round_costs import RoundLoad
 from magicdec.draft_choice import choose_draft
+from magicdec.kv_reservation import KvReservation
+from magicdec.preemption import cheapest_victim
+from magicdec.prefill_shares import prefill_shares, rows_wanted
 from magicdec.prefix_cache import PrefixCache
 from magicdec.types import Sequence, SequenceStatus
 
@@ -30,6 +32,7 @@ class Scheduler:
         self._scheduled: list[Sequence] = []
         self._released: list[int] = []  # ids of stays that ended since the last step
         self._sequence_ids = itertools.count()
+        self._reservation = KvReservation(config.cache.block_size, max_model_len)
         self.num_preemptions = 0
         self.num_prompt_tokens = 0  # of sequences admitted for the first time
         self.num_cached_tokens = 0  # of these, found in the prefix cache
@@ -40,36 +43,59 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # by arrival
 
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Still to compute before a first token, of waiting and running sequences."""
+        running = (s.num_uncomputed_tokens for s in self.running)
+        waiting = sum(len(s.token_ids) for s in self.waiting)
+        return waiting + sum(n for n in running if n > 1)
+
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
 
-    def schedule(self, plan: Plan) -> Batch:
-        """Decode rows first, then prefill chunks with what is left of the token budget."""
-        self._scheduled = []
+    def begin_step(self) -> RoundLoad:
+        """Gives every decode row its next token's block, admits whom there is room for, and says
+        what the step has to do. Follow it with `schedule`."""
         for sequence in self.running:
             self._prefix_cache.register(sequence)
+        self._make_room()
+        num_rows = self._config.max_batch_tokens - len(self._decoding)
+        while self._num_wanted(num_rows) < num_rows and self._admit():
+            pass
+        chunks = self._chunks(num_rows)
+        return RoundLoad(
+            context_lens=tuple(len(s.token_ids) for s in self._decoding),
+            num_prefill_rows=sum(rows for _, rows in chunks),
+            prefill_products=float(
+                sum(rows * (s.num_computed_tokens + rows) for s, rows in chunks)
+            ),
+            request_keys=tuple(s.request.request_id for s in self._decoding),
+            draft_limits=tuple(s.draft_limit(self._max_model_len) for s in self._decoding),
+        )
+
+    def schedule(self, plan: Plan) -> Batch:
+        """The decode rows that begin_step named, in that order, then prefill chunks with what is
+        left of the token budget."""
+        self._scheduled = []
         scheduled: list[ScheduledSequence] = []
         budget = self._config.max_batch_tokens
-        decoding = [s for s in self.running if s.num_uncomputed_tokens == 1]
+        decoding, prefilling = self._decoding, self._prefilling
         # Drafts leave a part of the budget to prompts, or a full batch would keep newcomers out.
-        pending = self.waiting or len(decoding) < len(self.running)
-        reserve = max(budget // 4, OBSERVATION_WINDOW) if pending else 0
+        reserve = max(budget // 4, OBSERVATION_WINDOW) if prefilling else 0
         for i, sequence in enumerate(decoding):
-            if sequence.status is not SequenceStatus.RUNNING:
-                continue  # preempted for an earlier one
             rows_left = budget - (len(decoding) - i - 1) - reserve
             draft = self._choose(plan, sequence)
-            wanted = 0 if draft is None else min(draft.draft_length, rows_left - 1)
-            draft_length = self._reserve_decode(sequence, wanted)
-            if draft_length is None:
-                continue
-            draft = None if draft is None else replace(draft, draft_length=draft_length)
+            if draft is not None:
+                wanted = min(draft.draft_length, rows_left - 1)
+                draft = replace(draft, draft_length=self._reserve_lookahead(sequence, wanted))
             scheduled.append(self._take(sequence, 1, draft))
-            budget -= 1 + draft_length
-        for sequence in [s for s in self.running if s.num_uncomputed_tokens > 1]:
-            budget -= self._take_chunk(plan, sequence, budget, scheduled)
-        while budget > 0 and (admitted := self._admit()) is not None:
-            budget -= self._take_chunk(plan, admitted, budget, scheduled)
+            budget -= 1 + scheduled[-1].draft_length
+        most = budget if plan.max_prefill_rows is None else min(budget, plan.max_prefill_rows)
+        prompt_plan = replace(plan, drafter=plan.prompt_drafter or plan.drafter)
+        for sequence, num_rows in self._chunks(most):
+            draft = self._choose(prompt_plan, sequence)
+            draft = None if draft is None else replace(draft, draft_length=0)
+            scheduled.append(self._take(sequence, num_rows, draft))
         released, self._released = tuple(self._released), []
         return Batch(tuple(scheduled), released)
 
@@ -101,6 +127,11 @@ class Scheduler:
         del sequence.block_table[needed:]
 
     def finish(self, sequence: Sequence) -> None:
+        """It has its answer, from whose length admission learns."""
+        self._reservation.learn(sequence)
+        self.drop(sequence)
+
+    def drop(self, sequence: Sequence) -> None:
         """Takes a sequence out of its queue and gives back its blocks at once."""
         if sequence.status is SequenceStatus.RUNNING:
             self.running.remove(sequence)
@@ -120,85 +151,76 @@ class Scheduler:
         for sequence in self.waiting:
             assert not sequence.block_table and sequence.num_computed_tokens == 0
 
-    def _take_chunk(
-        self, plan: Plan, sequence: Sequence, budget: int, scheduled: list[ScheduledSequence]
-    ) -> int:
-        """Adds the sequence's next prefill chunk, of at most `budget` rows; returns its length.
+    @property
+    def _decoding(self) -> list[Sequence]:
+        return [s for s in self.running if s.decodes]
 
-        The last chunk of a prompt holds its whole observation window: the boundary before it moves.
-        """
-        left = sequence.num_uncomputed_tokens
-        chunk = left if left <= budget else min(budget, left - OBSERVATION_WINDOW)
-        if chunk <= 0:
-            return 0
-        draft = self._choose(plan, sequence)
-        draft = None if draft is None else replace(draft, draft_length=0)
-        scheduled.append(self._take(sequence, chunk, draft))
-        return chunk
+    @property
+    def _prefilling(self) -> list[Sequence]:
+        return [s for s in self.running if not s.decodes]
 
     def _choose(self, plan: Plan, sequence: Sequence) -> DraftChoice | None:
-        wish = sequence.request.speculation
-        return choose_draft(plan, wish, self._speculation, len(sequence.token_ids))
+        return choose_draft(plan, sequence.request, self._speculation, len(sequence.token_ids))
 
     def _take(
         self, sequence: Sequence, num_rows: int, draft: DraftChoice | None
     ) -> ScheduledSequence:
-        start = sequence.num_computed_tokens
-        stop = start + num_rows
-        samples = stop == len(sequence.token_ids)
-        sampling = sequence.request.sampling
-        drafter_reads = draft is not None and draft.needs_history
-        needs_history = drafter_reads or (samples and sampling.has_penalties)
         self._scheduled.append(sequence)
-        return ScheduledSequence(
-            sequence_id=sequence.sequence_id,
-            token_ids=np.array(sequence.token_ids[start:stop], dtype=np.int64),
-            num_computed_tokens=start,
-            block_table=np.array(sequence.block_table, dtype=np.int64),
-            sampling=sampling if samples else None,
-            num_prompt_tokens=sequence.num_prompt_tokens,
-            history=np.array(sequence.token_ids, dtype=np.int64) if needs_history else None,
-            draft=draft,
-        )
+        return ScheduledSequence.of(sequence, num_rows, draft)
 
-    def _reserve_decode(self, sequence: Sequence, draft_length: int) -> int | None:
-        """Blocks for the next row and its draft; the draft shrinks before anyone is preempted.
+    def _make_room(self) -> None:
+        """A block for the next token of every decode row. Drafts come later and take what is free:
+        nobody is preempted who would not be without them."""
+        while self._num_missing_blocks() > self.pool.num_free:
+            self._preempt(cheapest_victim(self.running, self.pool, self._block_size))
+        for sequence in self._decoding:
+            self._extend(sequence, len(sequence.token_ids))
 
-        Returns the draft length there is room for, or None when the sequence itself was preempted.
-        """
+    def _num_missing_blocks(self) -> int:
+        return sum(self._num_blocks(len(s.token_ids)) - len(s.block_table) for s in self._decoding)
+
+    def _reserve_lookahead(self, sequence: Sequence, draft_length: int) -> int:
+        """Blocks for a draft, which shrinks to what is free. Returns its length."""
         num_tokens = len(sequence.token_ids)
-        sampling = sequence.request.sampling
-        # Tokens past the end of the request or of the context would be thrown away.
-        useful = min(
-            sampling.max_tokens - sequence.num_output_tokens, self._max_model_len - num_tokens
-        )
         held = len(sequence.block_table) + self.pool.num_free
         room = held * self._block_size - num_tokens
-        draft_length = max(min(draft_length, useful - 1, room), 0)
-        needed = self._num_blocks(num_tokens + draft_length) - len(sequence.block_table)
-        while needed > self.pool.num_free:
-            victim = self.running[-1]
-            self._preempt(victim)
-            if victim is sequence:
-                return None
+        useful = sequence.useful_draft_length(self._max_model_len)
+        length = max(min(draft_length, useful, room), 0)
+        self._extend(sequence, num_tokens + length)
+        return length
+
+    def _extend(self, sequence: Sequence, num_tokens: int) -> None:
+        needed = self._num_blocks(num_tokens) - len(sequence.block_table)
         if needed > 0:
             last = sequence.block_table[-1]
             sequence.block_table += self.pool.allocate(needed, after=last)
-        return draft_length
 
-    def _admit(self) -> Sequence | None:
+    def _num_wanted(self, num_rows: int) -> int:
+        return rows_wanted([s.num_uncomputed_tokens for s in self._prefilling], num_rows)
+
+    def _chunks(self, num_rows: int) -> list[tuple[Sequence, int]]:
+        """Who prefills how many rows of a step that has so many for prompts."""
+        prefilling = self._prefilling
+        shares = prefill_shares([s.num_uncomputed_tokens for s in prefilling], num_rows)
+        return [(s, share) for s, share in zip(prefilling, shares, strict=True) if share > 0]
+
+    def _admit(self) -> bool:
         """Moves the oldest waiting sequence to running, with blocks for all of its tokens: those
-        that hold its prefix already, and new ones."""
+        that hold its prefix already, and new ones.
+
+        Its expected answer has room beside the rest of the others': a newcomer that makes somebody
+        be preempted costs more than it gains. Alone it always fits.
+        """
         if not self.waiting or len(self.running) >= self._config.max_num_seqs:
-            return None
+            return False
         sequence = self.waiting[0]
         cached = self._prefix_cache.match(sequence)
         needed = self._num_blocks(len(sequence.token_ids) + 1)
         # Cached blocks that others hold cost nothing; idle ones are among num_free.
-        taken = needed - self.pool.num_referenced(cached)
-        # Room for the others' next block keeps a newcomer from being preempted at once.
-        if taken + len(self.running) > self.pool.num_free and self.running:
-            return None
+        taken = self._reservation.num_blocks(sequence) - self.pool.num_referenced(cached)
+        growth = self._reservation.num_growing(self.running)
+        if taken + growth > self.pool.num_free and self.running:
+            return False
         self.waiting.popleft()
         self.pool.share(cached)
         after = cached[-1] if cached else None
@@ -210,7 +232,7 @@ class Scheduler:
         sequence.sequence_id = next(self._sequence_ids)
         self.running.append(sequence)
         self.running.sort(key=lambda s: s.arrival)
-        return sequence
+        return True
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the head of the queue; what the cache loses is computed again when it returns."""

@@ -9,6 +9,7 @@ from enum import Enum
 MAX_STOP_STRINGS = 16
 MAX_SEED = 2**64 - 1
 MIN_TEMPERATURE = 1e-5  # below, fp32 scores overflow
+AUTO = "auto"  # a field that is left to the server
 
 
 class RequestError(ValueError):
@@ -111,6 +112,16 @@ class SpeculationParams:
     draft_length: int | None = None
     draft_budget: float | None = None
 
+    @property
+    def leaves_all(self) -> bool:
+        """To the server: nothing is switched off, named or set."""
+        return (
+            self.enabled
+            and self.drafter in (None, AUTO)
+            and self.draft_length is None
+            and self.draft_budget is None
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -188,7 +199,7 @@ class Sequence:
     """
 
     request: Request
-    arrival: int  # admission order; the latest is preempted first
+    arrival: int  # admission order; the oldest is never preempted
     token_ids: list[int]
     sequence_id: int = 0  # of this stay in the running set
     num_computed_tokens: int = 0
@@ -213,6 +224,22 @@ class Sequence:
     @property
     def num_uncomputed_tokens(self) -> int:
         return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def decodes(self) -> bool:
+        """Its last token, an output token, is all that is not computed."""
+        return self.num_uncomputed_tokens == 1 and self.num_output_tokens > 0
+
+    def useful_draft_length(self, max_model_len: int) -> int:
+        """Tokens past the end of the request or of the context would be thrown away."""
+        left = self.request.sampling.max_tokens - self.num_output_tokens
+        return max(min(left, max_model_len - len(self.token_ids)) - 1, 0)
+
+    def draft_limit(self, max_model_len: int) -> int:
+        """The same for a plan; 0 where the request has a wish of its own, and goes by that."""
+        if not self.request.speculation.leaves_all:
+            return 0
+        return self.useful_draft_length(max_model_len)
 
     def usage(self) -> Usage:
         return Usage(

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from magicdec.engine import Engine
 from magicdec.types import Request, RequestOutput, SamplingParams
+from tests.conftest import VOCAB_SIZE
 
 Outputs = dict[str, list[RequestOutput]]
 
@@ -43,6 +44,14 @@ def requests_of(
     return [
         Request(str(i), tuple(p), s) for i, (p, s) in enumerate(zip(prompts, each, strict=True))
     ]
+
+
+def run_short_answers(engine: Engine, max_tokens: int) -> None:
+    """Answers of one token under that limit. Admission then expects others to be short, so it lets
+    in more than the pool holds, and somebody has to be preempted."""
+    any_token = tuple(range(VOCAB_SIZE))
+    sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, stop_token_ids=any_token)
+    run(engine, [Request(f"short {i}", (1,), sampling) for i in range(60)])
 
 
 def random_prompts(lengths: Iterable[int], vocab_size: int = 256, seed: int = 0) -> list[list[int]]:

@@ -96,7 +96,10 @@ class Simulation:
         raise AssertionError("somebody starves")
 
     def step(self) -> None:
+        load = self.scheduler.begin_step()
         batch = self.scheduler.schedule(self._plan)
+        decoding = tuple(s.num_tokens for s in batch.sequences if s.is_decode_row)
+        assert load.context_lens == decoding, "another load than was announced"
         self._check(batch)
         result = self._rank.execute(batch)
         for sequence, emitted in self.scheduler.update(batch, result):

@@ -12,6 +12,7 @@ import torch
 
 from magicdec.attention import AttentionObserver
 from magicdec.batch import ScheduledSequence
+from magicdec.control.round_policy import FixedPolicy
 from magicdec.engine import Engine
 from magicdec.kernels.gumbel import gumbel_noise, random_words
 from magicdec.kernels.paged_layout import PagedLayout
@@ -116,7 +117,8 @@ class TeacherForced:
 
 def plain_streams(engine: Engine, requests: list[Request]) -> Streams:
     """Decodes the requests plainly, and gives each its whole stream by its seed."""
-    engine.plan = replace(engine.plan, draft_length=0)
+    plan = FixedPolicy.of(engine.config.speculation).plan
+    engine.policy = FixedPolicy(replace(plan, draft_length=0))
     outputs: dict[str, list[RequestOutput]] = run(engine, requests)
     return {
         r.sampling.seed: [

@@ -27,7 +27,8 @@ def build_drafters(
 ) -> dict[str, Drafter]:
     """Drafter name -> drafter; several names may be one's. `cache` holds the target's pages."""
     selection = config.speculation.selection
-    self_drafter = SelfDrafter(forward, propose, cache, backend, selection)
+    budget = config.speculation.selection_budget
+    self_drafter = SelfDrafter(forward, propose, cache, backend, selection, budget)
     drafters: dict[str, Drafter] = {
         **dict.fromkeys(POLICIES, self_drafter),
         "top_k": TopKDrafter(forward, propose, cache),

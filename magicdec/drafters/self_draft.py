@@ -1,7 +1,7 @@
 """The target drafts for itself over a small part of its KV cache (MagicDec, arXiv 2408.11049)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -61,12 +61,16 @@ class SelfDrafter:
         cache: PagedKVCache,
         backend: AttentionBackend,
         config: SelectionConfig,
+        selection_budget: int = 0,
     ) -> None:
+        """`selection_budget`: selections are made for so many positions at least, of which a
+        smaller view takes the best."""
         self._forward = forward
         self._propose = propose
         self._cache = cache
         self._backend = backend
         self._config = config
+        self._selection_budget = selection_budget
         self._selections: dict[int, Selection] = {}
         self._rounds_since: dict[int, int] = {}  # verify passes since the selection was taken
 
@@ -91,7 +95,8 @@ class SelfDrafter:
         for i, sequence in enumerate(sequences):
             observation = self._observation(i, sequence, layout.query_lens[i])
             if observation is not None:
-                observations.append(observation)
+                budget = max(observation.draft_budget, self._selection_budget)
+                observations.append(replace(observation, draft_budget=budget))
                 self._selections[sequence.sequence_id] = observation.selection
                 # The prompt's rows are a guess at what the answer needs: its first round corrects.
                 due = 0 if sequence.is_decode_row else self._config.refresh_rounds

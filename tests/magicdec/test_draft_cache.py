@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import MistralConfig, PretrainedConfig
 
-from magicdec.batch import DraftChoice, ScheduledSequence
+from magicdec.batch import DraftChoice, Plan, ScheduledSequence
 from magicdec.config import CacheConfig, ConfigError, DraftModelConfig, EngineConfig
+from magicdec.control.round_policy import FixedPolicy
 from magicdec.drafters.draft_pages import DraftPages
 from magicdec.executor import LocalExecutor
 from magicdec.kernels.dispatch import REFERENCE
@@ -63,7 +64,8 @@ def test_one_layer_in_a_window_drafts_what_streaming_drafts(
             if not engine.has_unfinished():
                 break
             late = step % 40 >= 30
-            engine.plan = replace(engine.plan, draft_length=0 if late else draft_length)
+            length = 0 if late else draft_length
+            engine.policy = FixedPolicy(Plan(drafter, length, WINDOW))
             for output in engine.step():
                 outputs.setdefault(output.request_id, []).append(output)
         seen.append({request_id: rounds(parts) for request_id, parts in outputs.items()})

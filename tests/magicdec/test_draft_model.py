@@ -17,7 +17,7 @@ from magicdec.executor import LocalExecutor
 from magicdec.model_loader import load_tokenizer, read_model_facts
 from magicdec.types import Request, SamplingParams, SpeculationParams
 from tests.conftest import FAMILIES, EngineFactory, byte_tokenizer, engine_config, save_model
-from tests.generation import Outputs, random_prompts, requests_of, run, token_ids
+from tests.generation import Outputs, random_prompts, requests_of, run, run_short_answers, token_ids
 
 PROMPTS = random_prompts([2, 9, 40, 65, 130])
 SAMPLINGS = [
@@ -112,6 +112,7 @@ def test_preemption_changes_no_token_and_loses_no_draft(
     ]
     requests = requests_of(random_prompts([9, 10, 11, 12, 13], seed=1), samplings)
     engine = make_engine(drafted_config(tiny_model_dir, tiny_model_dir, window, num_blocks=24))
+    run_short_answers(engine, max_tokens=70)
     outputs = run(engine, requests)
     assert engine.stats.num_preemptions > 0
     assert tokens_of(outputs) == tokens_of(

@@ -16,7 +16,7 @@ from magicdec.model_loader import load_tokenizer, read_model_facts
 from magicdec.prefix_cache import PrefixCache
 from magicdec.types import Request, SamplingParams, Sequence, Usage
 from tests.conftest import EngineFactory, engine_config
-from tests.generation import random_prompts, run, token_ids
+from tests.generation import random_prompts, run, run_short_answers, token_ids
 
 BLOCK_SIZE = 8
 (TEXT,) = random_prompts([200], seed=3)
@@ -130,6 +130,7 @@ def test_a_preempted_sequence_finds_its_blocks_and_its_usage_stays(
     prefilled, answers = [], []
     for each in (config, uncached(config)):
         engine = make_engine(each)
+        run_short_answers(engine, max_tokens=70)
         outputs = run(engine, requests)
         assert engine.stats.num_preemptions > 0
         assert all(outputs[r.request_id][-1].usage.cached_tokens == 0 for r in requests)

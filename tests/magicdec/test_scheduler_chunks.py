@@ -89,7 +89,7 @@ def test_every_window_is_whole_every_answer_is_right_and_everybody_finishes(
             if arrivals[i] == step:
                 sequences[i] = simulation.add(request)
             if i in sequences and cancelled.get(i) == step:
-                simulation.scheduler.finish(sequences[i])
+                simulation.scheduler.drop(sequences[i])
         simulation.step()
     simulation.run()
     for i, request in enumerate(requests):
@@ -113,8 +113,8 @@ def test_every_prompt_length_and_budget_keeps_the_window(prefix_caching: bool) -
 
 def test_a_long_prompt_advances_beside_drafting_sequences() -> None:
     """The window needs 32 rows: drafts leave them, however many sequences decode."""
-    config = config_of(max_num_seqs=6, max_batch_tokens=38, draft_length=6, num_blocks=200)
-    simulation = Simulation(config, 200, 512, seed=0)
+    config = config_of(max_num_seqs=6, max_batch_tokens=38, draft_length=6, num_blocks=300)
+    simulation = Simulation(config, 300, 512, seed=0)
     for i in range(5):
         simulation.add(request_of(str(i), [i % NUM_IDS] * (1 + i), max_tokens=300))
     for _ in range(5):
@@ -128,6 +128,9 @@ def test_a_long_prompt_advances_beside_drafting_sequences() -> None:
 def test_preempted_sequences_finish_with_the_plain_answer_and_whole_windows() -> None:
     config = config_of(num_blocks=40, draft_length=4)
     simulation = Simulation(config, 40, 320, seed=0)
+    # Short answers under the same limit: admission then expects others to be short.
+    simulation.run([request_of(f"short {i}", [i, 1], 90, stops=True) for i in range(20)])
+    simulation.sequences.clear()
     requests = [request_of(str(i), [i, 1, 2] * 20, max_tokens=90) for i in range(5)]
     assert simulation.run(requests) == [plain_answer(r) for r in requests]
     assert simulation.scheduler.num_preemptions > 0

@@ -9,7 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from magicdec.batch import Plan
 from magicdec.config import OBSERVATION_WINDOW, SelectionConfig
+from magicdec.control.round_policy import FixedPolicy
 from magicdec.draft_attention import DraftAttention
 from magicdec.drafters.self_draft import POLICIES
 from magicdec.engine import Engine
@@ -43,10 +45,7 @@ def test_every_policy_and_budget_gives_the_plain_tokens(
             tiny_model_dir, draft_length=draft_length, draft_budget=draft_budget, num_blocks=200
         )
         engine = make_engine(config)
-        if drafter == "top_k":  # never served, so no request and no setting names it
-            engine.plan = type(engine.plan)("top_k", draft_length, draft_budget)
-        else:
-            engine.plan = type(engine.plan)(drafter, draft_length, draft_budget)
+        engine.policy = FixedPolicy(Plan(drafter, draft_length, draft_budget))
         outputs = run(engine, requests)
         answers.append([token_ids(outputs[r.request_id]) for r in requests])
         assert (engine.stats.num_draft_tokens > 0) == (draft_length > 0)

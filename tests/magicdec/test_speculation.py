@@ -12,7 +12,7 @@ from magicdec.executor import LocalExecutor
 from magicdec.model_loader import load_tokenizer, read_model_facts
 from magicdec.types import FinishReason, Request, SamplingParams
 from tests.conftest import EngineFactory, engine_config
-from tests.generation import random_prompts, requests_of, run, text, token_ids
+from tests.generation import random_prompts, requests_of, run, run_short_answers, text, token_ids
 
 PROMPTS = random_prompts([2, 7, 8, 9, 40, 63, 64, 65, 130])
 SAMPLINGS = [
@@ -109,6 +109,7 @@ def test_preemption_changes_no_token(
     ]
     requests = requests_of(random_prompts([9, 10, 11, 12, 13], seed=1), samplings)
     engine = make_engine(engine_config(tiny_model_dir, draft_length=draft_length, num_blocks=24))
+    run_short_answers(engine, max_tokens=70)
     outputs = run(engine, requests)
     assert engine.stats.num_preemptions > 0
     answers = [token_ids(outputs[r.request_id]) for r in requests]
