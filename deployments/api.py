@@ -24,11 +24,12 @@ logger = logging.getLogger(__name__)
 
 
 class Service(Protocol):
-    """What the routes need: the bodies come as received, the answers are complete."""
+    """What the routes need: the bodies come as received, the answers are complete. `client` is who
+    asks, as ApiKeys names them."""
 
-    async def complete(self, raw: bytes) -> Response: ...
+    async def complete(self, raw: bytes, client: str) -> Response: ...
 
-    async def chat(self, raw: bytes) -> Response: ...
+    async def chat(self, raw: bytes, client: str) -> Response: ...
 
     async def models(self) -> Response: ...
 
@@ -40,18 +41,19 @@ def build_api(service: Service, keys: ApiKeys, *, max_body_bytes: int) -> FastAP
     api = FastAPI(title="MagicDec Serve", docs_url=None, redoc_url=None, openapi_url=None)
     _answer_errors(api)
 
-    async def body_of(request: HttpRequest) -> bytes:
-        if not keys.accepts(request.headers.get("authorization")):
+    async def body_of(request: HttpRequest) -> tuple[bytes, str]:
+        client = keys.client_of(request.headers.get("authorization"))
+        if client is None:
             raise unauthorized()
-        return await _read_body(request, max_body_bytes)
+        return await _read_body(request, max_body_bytes), client
 
     @api.post("/v1/completions")
     async def completions(request: HttpRequest) -> Response:
-        return await service.complete(await body_of(request))
+        return await service.complete(*await body_of(request))
 
     @api.post("/v1/chat/completions")
     async def chat_completions(request: HttpRequest) -> Response:
-        return await service.chat(await body_of(request))
+        return await service.chat(*await body_of(request))
 
     @api.get("/v1/models")
     async def models(request: HttpRequest) -> Response:

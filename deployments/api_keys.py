@@ -5,6 +5,8 @@ import hmac
 from pathlib import Path
 
 BEARER = "bearer "
+ANYONE = ""
+_NAME_LENGTH = 16
 
 
 class ApiKeys:
@@ -27,16 +29,20 @@ class ApiKeys:
             raise ValueError(f"api_keys_file {path} holds no key")
         return cls(keys)
 
-    def accepts(self, authorization: str | None) -> bool:
-        """Compares with every key, so that the time says nothing about which one matched."""
+    def client_of(self, authorization: str | None) -> str | None:
+        """A name for the key's holder that does not give the key away; None: refused.
+
+        Compares with every key, so that the time says nothing about which one matched. Where no
+        key is asked for all are one client: a key that nobody checks is no identity.
+        """
         if not self._digests:
-            return True
+            return ANYONE
         header = authorization or ""
         if not header.lower().startswith(BEARER):
-            return False
+            return None
         given = _digest(header[len(BEARER) :].strip())
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]
-        return any(matches)
+        return given.hex()[:_NAME_LENGTH] if any(matches) else None
 
 
 def _digest(key: str) -> bytes:

@@ -16,18 +16,18 @@ from magicdec.deployments.settings import ServeSettings, parse_settings
 APP_NAME = "magicdec"
 REPLICA_DEPLOYMENT = "EngineReplica"
 
-# Engines queue by KV tokens and the router bounds the queue: Serve's own limits stay out of it.
+# The router queues by KV tokens and bounds the queue: Serve's own limits stay out of it.
 UNLIMITED_REQUESTS = 1_000_000
 # A broken setting fails at once instead of after Serve's default of 20 attempts.
 CONSTRUCTOR_ATTEMPTS = 3
 
-# The router is sent two reports a second by every replica: no line for each.
+# The router is sent some reports a second by every replica: no line for each.
 _QUIET = LoggingConfig(enable_access_log=False, log_level="WARNING")
 
 
 def build(settings: ServeSettings) -> Application:
     """Ingress -> Router and EngineReplica; the replicas report to the router."""
-    router = _router().bind(settings.server.max_queued_requests)
+    router = _router().bind(settings.admission_config())
     replicas = _replicas(settings).bind(settings.engine_config(), router)
     return _ingress(settings).bind(settings, router, replicas)
 

@@ -4,6 +4,8 @@
     stream(request) --- inbox: Add --------> engine.add
                     <-- one call a step ---- engine.step  -> every request's output of that step
     stream cancelled -- inbox: Abort ------> engine.abort
+    take_policy, once a second: Tell ------> engine.policy.snapshot
+    merge_policy ------ inbox: Merge ------> engine.policy.merge
 
 The engine is not thread-safe, so only this thread touches it; what others may know of its load is
 a snapshot published after each step. Knows no Ray.
@@ -11,6 +13,7 @@ a snapshot published after each step. Knows no Ray.
 
 import asyncio
 import logging
+import math
 import queue
 import threading
 from collections.abc import AsyncGenerator, Callable
@@ -18,12 +21,15 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from magicdec.control.policy_snapshot import PolicySnapshot
 from magicdec.deployments.replica_api import EngineDied, EngineUnavailable
 from magicdec.engine import Engine
 from magicdec.stats import EngineLoad
 from magicdec.types import Request, RequestError, RequestOutput
 
 logger = logging.getLogger(__name__)
+
+POLICY_PERIOD_S = 1.0  # a snapshot and a merge are some milliseconds of the engine's thread
 
 _T = TypeVar("_T")
 
@@ -39,11 +45,33 @@ class _Abort:
 
 
 @dataclass(frozen=True, slots=True)
+class _Tell:
+    """What the policy has learnt is wanted."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Merge:
+    others: PolicySnapshot
+
+
+@dataclass(frozen=True, slots=True)
 class _Stop:
     pass
 
 
-_Command = _Add | _Abort | _Stop
+@dataclass(frozen=True, slots=True)
+class _Inflow:
+    """Requests that have passed a point since the start, and the tokens they came with."""
+
+    num_requests: int = 0
+    num_tokens: int = 0
+
+    def plus(self, request: Request) -> "_Inflow":
+        num_tokens = len(request.prompt_token_ids) + len(request.emitted_token_ids)
+        return _Inflow(self.num_requests + 1, self.num_tokens + num_tokens)
+
+
+_Command = _Add | _Abort | _Tell | _Merge | _Stop
 _Event = RequestOutput | RequestError | EngineDied | EngineUnavailable
 
 
@@ -59,10 +87,12 @@ class EngineLoop:
         self._loop = asyncio.get_running_loop()
         self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._streams: dict[str, asyncio.Queue[_Event]] = {}
-        # As the engine thread last published it, with the number of requests it had taken by then.
-        self._snapshot = (engine.load(), 0)
-        self._num_submitted = 0
-        self._num_taken = 0
+        # As the engine thread last published it, with what it had taken from the inbox by then.
+        self._taken = _Inflow()
+        self._snapshot = (engine.load(), self._taken)
+        self._submitted = _Inflow()
+        self._policy: PolicySnapshot | None = None  # as last told, until somebody takes it
+        self._policy_due = 0.0  # when to ask for it again, on the event loop's clock
         self._alive = True
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -78,8 +108,29 @@ class EngineLoop:
 
     def load(self) -> EngineLoad:
         """As of the last step, with all that came since as waiting. Call it on the event loop."""
-        load, num_taken = self._snapshot
-        return replace(load, num_waiting=load.num_waiting + self._num_submitted - num_taken)
+        load, taken = self._snapshot
+        num_tokens = self._submitted.num_tokens - taken.num_tokens
+        return replace(
+            load,
+            num_waiting=load.num_waiting + self._submitted.num_requests - taken.num_requests,
+            num_prefill_tokens=load.num_prefill_tokens + num_tokens,
+            num_waiting_tokens=load.num_waiting_tokens + num_tokens,
+        )
+
+    def take_policy(self) -> PolicySnapshot | None:
+        """What the engine has learnt, about once a second; None between, and where its plan is
+        fixed. Call it again and again, on the event loop: each call may ask for the next."""
+        now = self._loop.time()
+        if now >= self._policy_due:
+            self._policy_due = math.inf  # one question at a time: a step may take longer
+            self._inbox.put(_Tell())
+        policy, self._policy = self._policy, None
+        return policy
+
+    def merge_policy(self, others: PolicySnapshot) -> None:
+        """What other replicas know, in place of what was merged before. Whatever is submitted
+        after this runs by it."""
+        self._inbox.put(_Merge(others))
 
     async def stream(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """One item a step that progressed this request, the last with its finish reason.
@@ -93,7 +144,7 @@ class EngineLoop:
             raise RequestError(f"request {request.request_id} is live already", param="request_id")
         events: asyncio.Queue[_Event] = asyncio.Queue()
         self._streams[request.request_id] = events
-        self._num_submitted += 1
+        self._submitted = self._submitted.plus(request)
         self._inbox.put(_Add(request))
         finished = False
         try:
@@ -150,21 +201,29 @@ class EngineLoop:
             if isinstance(command, _Stop):
                 return False
             self._apply(command)
-            self._snapshot = (self._engine.load(), self._num_taken)
+            self._snapshot = (self._engine.load(), self._taken)
 
-    def _apply(self, command: _Add | _Abort) -> None:
-        if isinstance(command, _Abort):
-            self._engine.abort(command.request_id)
-            return
-        self._num_taken += 1
+    def _apply(self, command: _Add | _Abort | _Tell | _Merge) -> None:
+        match command:
+            case _Add(request):
+                self._add(request)
+            case _Abort(request_id):
+                self._engine.abort(request_id)
+            case _Tell():
+                self._call(self._hear, self._engine.policy.snapshot())
+            case _Merge(others):
+                self._engine.policy.merge(others)
+
+    def _add(self, request: Request) -> None:
+        self._taken = self._taken.plus(request)
         try:
-            self._engine.add(command.request)
+            self._engine.add(request)
         except RequestError as error:
-            refusal: list[tuple[str, _Event]] = [(command.request.request_id, error)]
+            refusal: list[tuple[str, _Event]] = [(request.request_id, error)]
             self._call(self._deliver, refusal)
 
     def _publish(self, outputs: list[RequestOutput]) -> None:
-        self._snapshot = (self._engine.load(), self._num_taken)
+        self._snapshot = (self._engine.load(), self._taken)
         if outputs:
             events: list[tuple[str, _Event]] = [(o.request_id, o) for o in outputs]
             self._call(self._deliver, events)
@@ -174,6 +233,11 @@ class EngineLoop:
             stream = self._streams.get(request_id)
             if stream is not None:  # None: aborted while the step ran
                 stream.put_nowait(event)
+
+    def _hear(self, policy: PolicySnapshot | None) -> None:
+        self._policy = policy
+        if policy is not None:  # a fixed plan stays fixed
+            self._policy_due = self._loop.time() + POLICY_PERIOD_S
 
     def _fail(self, error: BaseException) -> None:
         self._end(EngineDied(f"the engine failed: {error!r}"))

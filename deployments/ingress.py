@@ -56,7 +56,7 @@ class Ingress:
         """Serve's hook: called once, after the constructor."""
         return build_api(self, self._keys, max_body_bytes=self._server.max_body_bytes)
 
-    async def complete(self, raw: bytes) -> Response:
+    async def complete(self, raw: bytes, client: str) -> Response:
         builder = await self._prompt_builder()
 
         def prepare() -> tuple[CompletionRequest, list[Request]]:
@@ -65,9 +65,9 @@ class Ingress:
             return body, builder.completion(body)
 
         body, requests = await asyncio.to_thread(prepare)
-        return await self._answer(body, requests, chat=False)
+        return await self._answer(body, requests, client, chat=False)
 
-    async def chat(self, raw: bytes) -> Response:
+    async def chat(self, raw: bytes, client: str) -> Response:
         builder = await self._prompt_builder()
 
         def prepare() -> tuple[ChatCompletionRequest, list[Request]]:
@@ -76,7 +76,7 @@ class Ingress:
             return body, builder.chat(body)
 
         body, requests = await asyncio.to_thread(prepare)
-        return await self._answer(body, requests, chat=True)
+        return await self._answer(body, requests, client, chat=True)
 
     async def models(self) -> Response:
         entry = {
@@ -100,13 +100,13 @@ class Ingress:
         return JSONResponse({"status": "ok", "replicas": len(live)})
 
     async def _answer(
-        self, body: GenerationBody, requests: list[Request], *, chat: bool
+        self, body: GenerationBody, requests: list[Request], client: str, *, chat: bool
     ) -> Response:
         response = ResponseFormat.new(
             chat=chat, model=self._model_name, with_token_ids=bool(body.return_token_ids)
         )
         wait_s, keep_alive_s = self._server.replica_wait_s, self._server.keep_alive_s
-        dispatcher = Dispatcher(self._router, self._replicas, replica_wait_s=wait_s)
+        dispatcher = Dispatcher(self._router, self._replicas, client, replica_wait_s=wait_s)
         choices = Choices(dispatcher, requests)
         if not body.streams:
             return JSONResponse(await collect(choices, response))

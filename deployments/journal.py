@@ -66,10 +66,6 @@ class Journal:
         if replica_id is not None:
             self.lost += (replica_id,)
 
-    def num_tokens(self) -> int:
-        """The most KV that the request can hold, in tokens."""
-        return len(self.request.prompt_token_ids) + self.request.sampling.max_tokens
-
     def replica_lost(self, loss: ReplicaLost) -> None:
         """Raises ApiError when the request has to end here."""
         self.avoid(loss.replica_id)

@@ -10,7 +10,9 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from magicdec.config import EngineConfig
+from magicdec.control.policy_snapshot import PackedPolicy
 from magicdec.deployments.replica_api import Admitted, EngineUnavailable, ReplicaDescription
+from magicdec.deployments.replica_report import ReportAnswer, Requests
 from magicdec.types import Request, RequestOutput
 
 if TYPE_CHECKING:  # imports torch, which only a running replica needs
@@ -18,7 +20,6 @@ if TYPE_CHECKING:  # imports torch, which only a running replica needs
 
 logger = logging.getLogger(__name__)
 
-REPORT_PERIOD_S = 0.5
 REPORT_TIMEOUT_S = 2.0
 EXIT_GRACE_S = 0.5  # for the notices of a fatal error to leave the process
 
@@ -40,11 +41,15 @@ class EngineReplica:
         self._engine_loop = EngineLoop(built.engine, self._on_fatal)
         self._built = built
         self._num_ranks = config.parallel.tensor_parallel_size
-        reports = report_for_ever(router, self._replica_id, self._engine_loop)
+        self._requests = Requests(config.scheduler)
+        reports = report_for_ever(router, self._replica_id, self._engine_loop, self._requests)
         self._background = {asyncio.create_task(reports)}
 
     async def generate(
-        self, request: Request, target: str | None = None
+        self,
+        request: Request,
+        target: str | None = None,
+        prefix_hashes: tuple[int, ...] = (),
     ) -> AsyncIterator[Admitted | RequestOutput]:
         """Admitted, then one RequestOutput a verify round.
 
@@ -53,12 +58,15 @@ class EngineReplica:
         """
         if not self._engine_loop.is_alive:
             raise EngineUnavailable("this replica's engine has failed or stopped")
-        yield Admitted(self._replica_id)
         stream = self._engine_loop.stream(request)
+        self._requests.begin(request, prefix_hashes)
         try:
+            yield Admitted(self._replica_id)
             async for output in stream:
+                self._requests.add(output)
                 yield output
         finally:
+            self._requests.end(request.request_id)
             await stream.aclose()
 
     async def describe(self) -> ReplicaDescription:
@@ -94,13 +102,26 @@ class EngineReplica:
 
 
 async def report_for_ever(
-    router: DeploymentHandle[Any], replica_id: str, engine_loop: "EngineLoop"
+    router: DeploymentHandle[Any],
+    replica_id: str,
+    engine_loop: "EngineLoop",
+    requests: Requests,
 ) -> None:
     """Ends with the engine, and not before: a replica that is not heard of gets no requests."""
+    merged: PackedPolicy | None = None
     while engine_loop.is_alive:
+        report = requests.report(engine_loop.load())
+        learnt = engine_loop.take_policy()
+        policy = None if learnt is None else PackedPolicy.pack(learnt)
         try:
             async with asyncio.timeout(REPORT_TIMEOUT_S):
-                await router.report.remote(replica_id, engine_loop.load())
+                answer: ReportAnswer = await router.report.remote(replica_id, report, policy)
         except Exception as error:  # RayError, AioRpcError, Serve's own: the next may get through
-            logger.warning("the router did not take a load report: %r", error)
-        await asyncio.sleep(REPORT_PERIOD_S)
+            logger.warning("the router did not take a report: %r", error)
+        else:
+            requests.was_taken(report, router_knew=answer.knew)
+            others = answer.policy
+            if others is not None and (merged is None or not others.says_the_same(merged)):
+                engine_loop.merge_policy(others.unpack())
+                merged = others
+        await requests.wait_for_news()

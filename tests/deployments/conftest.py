@@ -10,6 +10,7 @@ import ray
 from openai import OpenAI
 from ray import serve
 from ray.exceptions import RayActorError
+from ray.serve.exceptions import DeploymentUnavailableError
 
 from magicdec.deployments.app import APP_NAME, REPLICA_DEPLOYMENT, build
 from magicdec.deployments.local_ray import start_local_ray
@@ -42,15 +43,16 @@ class ServedApp:
         return OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=60)
 
     def replicas(self) -> list[ReplicaDescription]:
-        """Those alive; asked again while one that was killed is still on Serve's list."""
+        """Those alive; asked again while one that was killed is still on Serve's list, and the one
+        in its place is not."""
         for _ in range(100):
             try:
                 found: list[ReplicaDescription]
                 found = self._replicas.broadcast("describe").results(timeout_s=20)
                 return found
-            except RayActorError:
+            except (RayActorError, DeploymentUnavailableError):  # or its list is empty
                 time.sleep(0.05)
-        pytest.fail("Serve keeps a dead replica on its list")
+        pytest.fail("Serve's list of replicas does not come to rest")
 
 
 def tiny_settings(
@@ -58,6 +60,7 @@ def tiny_settings(
     *,
     tensor_parallel_size: int = 1,
     speculation: dict[str, Any] | None = None,
+    max_num_seqs: int = 16,
     **server: Any,
 ) -> ServeSettings:
     """An engine whose limits are low enough to be met in a test."""
@@ -66,7 +69,7 @@ def tiny_settings(
         {
             "model": {"path": str(path), "dtype": "float32", "served_name": MODEL},
             "cache": {"block_size": 8, "num_blocks": 512},
-            "scheduler": {"max_num_seqs": 16, "max_batch_tokens": 128},
+            "scheduler": {"max_num_seqs": max_num_seqs, "max_batch_tokens": 128},
             "speculation": TINY_SPECULATION | (speculation or {}),
             "parallel": {"num_threads": 1, "tensor_parallel_size": tensor_parallel_size},
             "server": {"port": PORT, "keep_alive_s": 0.2, **server},

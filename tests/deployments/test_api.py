@@ -15,10 +15,10 @@ LIMIT = 100
 class Echo:
     """A service that answers with the size of what it was given."""
 
-    async def complete(self, raw: bytes) -> Response:
-        return JSONResponse(len(raw))
+    async def complete(self, raw: bytes, client: str) -> Response:
+        return JSONResponse(len(raw), headers={"client": client})
 
-    async def chat(self, raw: bytes) -> Response:
+    async def chat(self, raw: bytes, client: str) -> Response:
         return JSONResponse(len(raw))
 
     async def models(self) -> Response:
@@ -40,8 +40,10 @@ class Body(httpx.AsyncByteStream):
             yield b"x" * 50
 
 
-async def post(content: bytes | Body, headers: dict[str, str] | None = None) -> httpx.Response:
-    api = build_api(Echo(), ApiKeys([]), max_body_bytes=LIMIT)
+async def post(
+    content: bytes | Body, headers: dict[str, str] | None = None, keys: tuple[str, ...] = ()
+) -> httpx.Response:
+    api = build_api(Echo(), ApiKeys(list(keys)), max_body_bytes=LIMIT)
     transport = httpx.ASGITransport(app=api)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         return await client.post("/v1/completions", content=content, headers=headers)
@@ -67,3 +69,20 @@ async def test_an_undeclared_length_is_refused_at_the_limit() -> None:
     response = await post(body)
     assert response.status_code == 413
     assert body.num_read == 3
+
+
+async def test_clients_are_told_apart_by_their_keys_without_giving_these_away() -> None:
+    keys = ("sk-first", "sk-second")
+    names = []
+    for key in (*keys, keys[0]):
+        response = await post(b"x", {"Authorization": f"Bearer {key}"}, keys)
+        assert response.status_code == 200
+        names.append(response.headers["client"])
+        assert names[-1] and "sk-" not in names[-1]
+    assert names[0] == names[2] != names[1]
+    assert (await post(b"x", {"Authorization": "Bearer sk-wrong"}, keys)).status_code == 401
+
+
+async def test_without_keys_all_are_one_client() -> None:
+    for header in ({}, {"Authorization": "Bearer anything"}):
+        assert (await post(b"x", header)).headers["client"] == ""

@@ -1,88 +1,24 @@
 """The engine's thread, with a real engine and no Ray: streams, cancellation, fatal errors."""
 
 import asyncio
-import threading
 from pathlib import Path
 
 import pytest
 
-from magicdec.batch import Batch, StepResult
-from magicdec.config import EngineConfig
 from magicdec.deployments.engine_loop import EngineLoop
 from magicdec.deployments.replica_api import EngineDied, EngineUnavailable
-from magicdec.engine import Engine
-from magicdec.executor import Executor, ExecutorError, LocalExecutor
-from magicdec.model_loader import load_tokenizer, read_model_facts
-from magicdec.types import FinishReason, Request, RequestError, RequestOutput, SamplingParams
+from magicdec.executor import ExecutorError, LocalExecutor
+from magicdec.stats import EngineLoad
+from magicdec.types import FinishReason, RequestError
 from tests.conftest import EngineFactory, engine_config
-
-
-class WrappedExecutor:
-    """A real executor, for what follows to disturb."""
-
-    def __init__(self, inner: LocalExecutor) -> None:
-        self._inner = inner
-
-    @property
-    def num_blocks(self) -> int:
-        return self._inner.num_blocks
-
-    @property
-    def attention_backend(self) -> str:
-        return self._inner.attention_backend
-
-    def execute(self, batch: Batch) -> StepResult:
-        return self._inner.execute(batch)
-
-    def shutdown(self) -> None:
-        self._inner.shutdown()
-
-
-class FailingExecutor(WrappedExecutor):
-    """One whose ranks die at a given step."""
-
-    def __init__(self, inner: LocalExecutor, fails_at: int) -> None:
-        super().__init__(inner)
-        self._steps_left = fails_at
-
-    def execute(self, batch: Batch) -> StepResult:
-        self._steps_left -= 1
-        if self._steps_left < 0:
-            raise ExecutorError("a rank died")
-        return super().execute(batch)
-
-
-class HeldExecutor(WrappedExecutor):
-    """One whose steps end only once `release` is set."""
-
-    def __init__(self, inner: LocalExecutor) -> None:
-        super().__init__(inner)
-        self.entered = threading.Event()
-        self.release = threading.Event()
-
-    def execute(self, batch: Batch) -> StepResult:
-        self.entered.set()
-        self.release.wait(timeout=10)
-        return super().execute(batch)
-
-
-def request(name: str, max_tokens: int = 20, prompt: tuple[int, ...] = (5, 6, 7)) -> Request:
-    sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
-    return Request(name, prompt, sampling)
-
-
-def ignore(error: BaseException) -> None:
-    """No test that uses it expects a fatal error."""
-    raise AssertionError("unexpected") from error
-
-
-def engine_over(executor: Executor, config: EngineConfig) -> Engine:
-    path = config.model.path
-    return Engine(config, executor, load_tokenizer(path), read_model_facts(path))
-
-
-async def collect(loop: EngineLoop, wanted: Request) -> list[RequestOutput]:
-    return [output async for output in loop.stream(wanted)]
+from tests.deployments.executors import (
+    FailingExecutor,
+    HeldExecutor,
+    collect,
+    engine_over,
+    ignore,
+    request,
+)
 
 
 async def test_streams_run_together(make_engine: EngineFactory, tiny_model_dir: Path) -> None:
@@ -161,9 +97,32 @@ async def test_requests_that_come_during_a_step_count_as_waiting(tiny_model_dir:
     cancelled.cancel()  # its abort is in the inbox too, and is no request
     await asyncio.sleep(0.01)
     assert loop.load().num_waiting - before.num_waiting == 3
+    assert loop.load().num_waiting_tokens - before.num_waiting_tokens == 9
+    assert loop.load().num_prefill_tokens - before.num_prefill_tokens == 9
     executor.release.set()
     await asyncio.gather(first, *others)
-    assert (loop.load().num_running, loop.load().num_waiting) == (0, 0)
+    assert loop.load() == EngineLoad(0, 0, before.total_kv_tokens, before.total_kv_tokens)
+    loop.stop()
+
+
+async def test_prompts_that_wait_for_a_place_count_in_tokens(
+    make_engine: EngineFactory, tiny_model_dir: Path
+) -> None:
+    loop = EngineLoop(make_engine(engine_config(tiny_model_dir, max_num_seqs=1)), ignore)
+    first = loop.stream(request("first", max_tokens=400))
+    await anext(first)
+    waiting = [
+        asyncio.create_task(collect(loop, request(f"r{n}", prompt=(5,) * n))) for n in (10, 20)
+    ]
+    async with asyncio.timeout(5):
+        while loop.load().num_waiting < 2:
+            await asyncio.sleep(0)
+    load = loop.load()
+    assert (load.num_running, load.num_waiting) == (1, 2)
+    assert (load.num_waiting_tokens, load.num_prefill_tokens) == (30, 30)
+    await first.aclose()
+    await asyncio.gather(*waiting)
+    assert (loop.load().num_waiting_tokens, loop.load().num_prefill_tokens) == (0, 0)
     loop.stop()
 
 
