@@ -17,6 +17,7 @@ from magicdec.config import (
     SelectionConfig,
     SpeculativeConfig,
 )
+from magicdec.control.round_policy import FixedPolicy
 from magicdec.engine import Engine
 from magicdec.executor import LocalExecutor
 from magicdec.model_loader import read_model_facts
@@ -138,7 +139,7 @@ def build_engine(
 
 def warm_up(engine: Engine, block: Block, first: Configuration) -> None:
     """Prefills for the drafter that comes first: a draft model fills its own cache meanwhile."""
-    engine.plan = replace(first.plan, draft_length=0)
+    engine.policy = FixedPolicy(replace(first.plan, draft_length=0))
     sampling = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
     requests = [Request(f"warm-up-{i}", ids, sampling) for i, ids in enumerate(block.warm_up)]
     started = time.perf_counter()
@@ -164,7 +165,7 @@ def run_configuration(
     """All missing tasks of one configuration in one batch."""
     plain = {} if configuration.drafter == PLAIN else _plain(block, tasks, target, results)
     prompts = [p for task in tasks for p in block.prompts[task] if not plain or p.name in plain]
-    engine.plan = configuration.plan
+    engine.policy = FixedPolicy(configuration.plan)
     label = f"{block.name} {configuration.label}"
     started = time.perf_counter()
     streams = generate(

@@ -9,7 +9,6 @@ streams alternate, plain and under each drafter.
 import argparse
 import platform
 import statistics
-import sysconfig
 import time
 from pathlib import Path
 
@@ -24,7 +23,9 @@ from magicdec.config import (
     SelectionConfig,
     SpeculativeConfig,
 )
+from magicdec.control.round_policy import FixedPolicy
 from magicdec.deployments.embedded_model import EMBEDDED_MODEL_NAME, resolve_model
+from magicdec.deployments.live_bench import read_text
 from magicdec.engine import Engine
 from magicdec.executor import LocalExecutor
 from magicdec.model_loader import load_tokenizer, read_model_facts
@@ -36,7 +37,8 @@ def main() -> None:
     args = parse_arguments()
     path = resolve_model(args.model)
     num_plans = 1 + len(args.drafter)
-    tokens_needed = args.batch * (args.context + args.segment * num_plans * (args.rounds + 1) + 64)
+    most_output = args.segment * num_plans * (args.rounds + 1) + 64
+    tokens_needed = args.batch * (args.context + most_output)
     config = EngineConfig(
         model=ModelConfig(path, args.dtype),
         cache=CacheConfig(num_blocks=-(-tokens_needed // 64) + 2 * args.batch),
@@ -48,7 +50,7 @@ def main() -> None:
     tokenizer = load_tokenizer(path)
     engine = Engine(config, LocalExecutor(config), tokenizer, read_model_facts(path))
     text_ids = tokenizer(read_text(args.text))["input_ids"]
-    sampling = SamplingParams(temperature=args.temperature, max_tokens=100_000, ignore_eos=True)
+    sampling = SamplingParams(temperature=args.temperature, max_tokens=most_output, ignore_eos=True)
     for i in range(args.batch):
         prompt = tuple(text_ids[i * args.context : (i + 1) * args.context])
         if len(prompt) < args.context:
@@ -84,19 +86,11 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def read_text(path: Path | None) -> str:
-    """The file, or the source of the standard library: long text that every machine has."""
-    if path is not None:
-        return path.read_text(errors="replace")
-    modules = sorted(Path(sysconfig.get_path("stdlib")).glob("[a-z]*.py"))
-    return "\n".join(module.read_text(errors="replace") for module in modules[:60])
-
-
 def prefill(engine: Engine, num_tokens: int, args: argparse.Namespace) -> None:
     """Plain steps until every prompt is in the cache; early ones decode a little meanwhile."""
     # The prompt seeds the selection of one drafter, and only `snapkv` never selects again.
     seeded = "snapkv" if "snapkv" in args.drafter else args.drafter[0]
-    engine.plan = Plan(seeded, 0, args.draft_budget)
+    engine.policy = FixedPolicy(Plan(seeded, 0, args.draft_budget))
     started = time.perf_counter()
     while engine.stats.num_prefill_tokens < num_tokens:
         engine.step()
@@ -126,7 +120,7 @@ def segment(
     engine: Engine, plan: Plan, num_tokens: int, answers: dict[str, list[int]]
 ) -> tuple[float, str]:
     """Decodes at least num_tokens tokens under one plan; returns tokens/s and a line about it."""
-    engine.plan = plan
+    engine.policy = FixedPolicy(plan)
     before = EngineStats(**{f: getattr(engine.stats, f) for f in EngineStats.__slots__})
     stats = engine.stats
     emitted = 0

@@ -21,20 +21,22 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import httpx
 import psutil
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from magicdec.batch import Plan
 from magicdec.config import CacheConfig, EngineConfig, ModelConfig
+from magicdec.control.round_policy import FixedPolicy
 from magicdec.deployments.embedded_model import EMBEDDED_MODEL_NAME, resolve_model
+from magicdec.deployments.live_bench import read_text
 from magicdec.engine import Engine
 from magicdec.executor import LocalExecutor
 from magicdec.model_loader import load_tokenizer, read_model_facts
 from magicdec.types import Request, SamplingParams
-from tests.benchmarks.bench_decode import read_text, spread
+from tests.benchmarks.bench_decode import spread
 
 PORT = 8179
 MODEL_NAME = "benched"
@@ -146,7 +148,7 @@ def measure(engine: Engine, prompts: list[list[int]], args: argparse.Namespace) 
 
 def bare_round_ms(engine: Engine, prompts: list[list[int]], args: argparse.Namespace) -> float:
     """Milliseconds a round while every sequence decodes."""
-    engine.plan = replace(engine.plan, draft_length=args.draft_length)
+    engine.policy = FixedPolicy(Plan("recycled", args.draft_length, 512))
     sampling = SamplingParams(temperature=0.0, max_tokens=args.tokens, ignore_eos=True)
     for i, prompt in enumerate(prompts):
         engine.add(Request(str(i), tuple(prompt), sampling))

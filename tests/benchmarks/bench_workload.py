@@ -1,0 +1,158 @@
+"""A workload that changes: short chats, long documents, text that nothing can predict.
+
+python -m tests.benchmarks.bench_workload --text book.txt --out workload.jsonl
+python -m tests.benchmarks.bench_workload --report --out workload.jsonl
+
+Every arm decodes its share of each phase, segment by segment in turn with the others, on the same
+prompts and seeds. The adaptive policy sees its own segments alone, one phase after the other: a
+phase's first segment is the first that it hears of the new mix.
+"""
+
+import argparse
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from magicdec.deployments.embedded_model import EMBEDDED_MODEL_NAME
+from magicdec.deployments.live_bench import PLAIN, TRIAL
+from tests.benchmarks.bench_grid import append, read_records
+from tests.benchmarks.policy_arms import ADAPTIVE, ARMS, FIXED, Bench, describe
+
+_BLOCK = 64
+_SETTLED_ROUNDS = 8  # after which the choice should be right
+_JUDGED_ROUNDS = 8  # from there on
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    name: str
+    batch_size: int
+    context_len: int
+    temperature: float
+    predictable: bool = True  # else the prompts are random tokens
+
+
+PHASES = (
+    Phase("chat", 8, 400, 0.8),
+    Phase("documents", 8, 6000, 0.8),
+    Phase("noise", 8, 3000, 2.0, predictable=False),
+    Phase("documents again", 8, 6000, 0.8),
+)
+
+
+def main() -> None:
+    args = parse_arguments()
+    if not args.report:
+        run(args)
+    print(render(read_records(args.out)))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--model", default=EMBEDDED_MODEL_NAME)
+    parser.add_argument("--text", type=Path, help="a long plain-text file; else Python's library")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--arms", nargs="+", default=[PLAIN, *list(FIXED)[:3], ADAPTIVE])
+    parser.add_argument("--seconds", type=float, default=60.0, help="of plain decoding, a phase")
+    parser.add_argument("--segments", type=int, default=8, help="into which a phase is cut")
+    parser.add_argument("--out", type=Path, required=True, help="JSONL, appended to")
+    parser.add_argument("--report", action="store_true", help="print what the file holds")
+    args = parser.parse_args()
+    if unknown := set(args.arms) - set(ARMS):
+        parser.error(f"--arms must be of {', '.join(ARMS)}, got {', '.join(sorted(unknown))}")
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    longest = max(phase.context_len for phase in PHASES)
+    batch = max(phase.batch_size for phase in PHASES)
+    room = 2 * batch * (longest + 8 * _BLOCK)
+    bench = Bench(args.model, args.dtype, room, batch)
+    ids = bench.token_ids(args.text)
+    random = Random(0)
+    append(args.out, {"run": describe(bench)})
+    for number, phase in enumerate(PHASES):
+        source = ids
+        if not phase.predictable:
+            source = [random.randrange(100, 40_000) for _ in range(batch * phase.context_len)]
+        prompts = bench.token_prompts(source, phase.batch_size, phase.context_len)
+        bench.prefill(prompts)
+        play(bench, number, phase, prompts, args)
+
+
+def play(bench: Bench, number: int, phase: Phase, prompts: list[list[int]], args: Any) -> None:
+    """The first segment of plain decoding says how many tokens the others take; the adaptive one
+    goes on for as long as plain decoding took."""
+    sampling = {"temperature": phase.temperature}
+    probe = bench.segment(PLAIN, prompts, 4, seed=1000 * number + 999, **sampling)
+    step = probe.seconds / len(probe.timed_rounds)
+    num_tokens = max(round(args.seconds / args.segments / step), 4)
+    for segment in range(args.segments):
+        turn = segment % len(args.arms)
+        for arm in (*args.arms[turn:], *args.arms[:turn]):
+            seed = 1000 * number + segment
+            found = bench.segment(arm, prompts, num_tokens, seed=seed, **sampling)
+            place = {"phase": number, "name": phase.name, "segment": segment, "arm": arm}
+            append(args.out, {**place, **asdict(found)})
+    print(f"{phase.name}: {args.segments} segments of {num_tokens} tokens a prompt", flush=True)
+
+
+def render(records: Sequence[dict[str, Any]]) -> str:
+    lines = [f"{name}: {value}" for r in records if "run" in r for name, value in r["run"].items()]
+    lines += ["", "| phase | plain tokens/s | best of plain and fixed | adaptive / that | spread |"]
+    lines[-1] += " seconds | choice at round 8 | its rate / the best measured |"
+    lines.append("| --- " * 8 + "|")
+    phases: dict[int, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        if "arm" in record:
+            phases[record["phase"]][record["arm"]].append(record)
+    for arms in phases.values():
+        rates = {
+            arm: [r["num_tokens"] / r["seconds"] for r in found] for arm, found in arms.items()
+        }
+        best = max(set(rates) - {ADAPTIVE}, key=lambda arm: _mean(rates[arm]))
+        ratios = [a / b for a, b in zip(rates[ADAPTIVE], rates[best], strict=True)]
+        seconds = sum(r["seconds"] for r in arms[ADAPTIVE])
+        choice, share = _settled(arms)
+        lines.append(
+            f"| {arms[PLAIN][0]['name']} | {statistics.median(rates[PLAIN]):.1f} | {best} "
+            f"{_mean(rates[best]) / _mean(rates[PLAIN]):.2f}x | {_mean(ratios):.3f} "
+            f"| {min(ratios):.2f}-{max(ratios):.2f} | {seconds:.0f} | {choice} | {share:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def _settled(arms: dict[str, list[dict[str, Any]]]) -> tuple[str, float]:
+    """What the adaptive arm chose most from the eighth round on, trials aside, and its rate over
+    that of the best plan that any arm measured in the phase."""
+    tokens: dict[str, int] = defaultdict(int)
+    seconds: dict[str, float] = defaultdict(float)
+    for found in arms.values():
+        for record in found:
+            for played in record["rounds"]:
+                plan = played["plan"].removesuffix(TRIAL)
+                tokens[plan] += played["num_tokens"]
+                seconds[plan] += played["seconds"]
+    rates = {plan: tokens[plan] / seconds[plan] for plan in tokens if seconds[plan] > 2.0}
+    played_rounds = [r["plan"] for record in arms[ADAPTIVE] for r in record["rounds"]]
+    judged = [
+        plan
+        for plan in played_rounds[_SETTLED_ROUNDS : _SETTLED_ROUNDS + _JUDGED_ROUNDS]
+        if not plan.endswith(TRIAL)
+    ]
+    choice = max(set(judged), key=judged.count)
+    rate = tokens[choice] / seconds[choice]
+    return choice, rate / max([*rates.values(), rate])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.exp(statistics.fmean(map(math.log, values)))
+
+
+if __name__ == "__main__":
+    main()
