@@ -1,8 +1,6 @@
-"""The command line: `magicdec serve | generate | models`."""
+"""The command line: `magicdec serve | generate | models | plan | bench | simulate`."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +8,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from magicdec.config import ConfigError
 from magicdec.deployments import cli_options as flag
-from magicdec.deployments.embedded_model import (
-    ModelNotFoundError,
-    list_models,
-    resolve_model,
-)
-from magicdec.deployments.settings import (
-    ServeSettings,
-    SettingsError,
-    StartFailed,
-    load_settings,
-)
-from magicdec.types import RequestError
-
-USAGE_ERROR = 2
-INTERRUPTED = 130
+from magicdec.deployments.bench_cli import bench
+from magicdec.deployments.command_errors import one_line_errors
+from magicdec.deployments.embedded_model import list_models, resolve_model
+from magicdec.deployments.plan_cli import plan
+from magicdec.deployments.settings import ServeSettings, SettingsError, load_settings
+from magicdec.deployments.simulate_cli import simulate
 
 Flags = dict[str, dict[str, Any]]  # section -> field -> value, None where not given
 
@@ -38,6 +26,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.command()(plan)
+app.command()(bench)
+app.command()(simulate)
 
 
 @app.command()
@@ -76,7 +67,7 @@ def serve(
         "parallel": parallel,
         "server": {**server, "api_keys_file": api_keys_file},
     }
-    with _one_line_errors():
+    with one_line_errors():
         from magicdec.deployments.serve_command import serve as run
 
         run(_settings(config, flags), Console(), verbose=verbose)
@@ -114,7 +105,7 @@ def generate(
         "parallel": {"num_threads": num_threads},
     }
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
-    with _one_line_errors():
+    with one_line_errors():
         settings = _settings(config, flags)
         text = _prompt_text(prompt, prompt_file)
         for path in settings.model_paths:
@@ -173,18 +164,6 @@ def _settings(config: Path | None, flags: Flags) -> ServeSettings:
     }
     path = None if config is None else str(config)
     return load_settings(path, {section: fields for section, fields in given.items() if fields})
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """What the user can mend is one line and exit code 2; what they cannot keeps its traceback."""
-    try:
-        yield
-    except (SettingsError, ModelNotFoundError, ConfigError, RequestError, StartFailed) as error:
-        typer.echo(f"magicdec: {error}", err=True)
-        raise typer.Exit(USAGE_ERROR) from error
-    except KeyboardInterrupt as error:
-        raise typer.Exit(INTERRUPTED) from error
 
 
 if __name__ == "__main__":

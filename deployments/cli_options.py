@@ -27,7 +27,11 @@ KvCacheGib = Annotated[
     float | None, typer.Option(help="KV pool of one rank, GiB.", show_default=False)
 ]
 DraftLength = Annotated[
-    int | None, typer.Option(help="Tokens drafted a round; 0: no drafts.", show_default=False)
+    int | None,
+    typer.Option(
+        help="Tokens drafted a round; 0: no drafts; not given: each round chooses.",
+        show_default=False,
+    ),
 ]
 DraftBudget = Annotated[
     float | None,

@@ -7,7 +7,6 @@ that does not match its manifest is converted again.
 
 import fcntl
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -15,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+
+from magicdec.deployments.cache_folder import cache_folder
 
 EMBEDDED_MODEL_NAME = "smollm2-135m-instruct"
 
@@ -73,9 +74,7 @@ def resolve_model(name_or_path: str, cache_dir: Path | None = None) -> str:
 
 
 def _model_folder(cache_dir: Path | None) -> Path:
-    if cache_dir is None:
-        cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "magicdec"
-    return cache_dir / EMBEDDED_MODEL_NAME
+    return (cache_dir or cache_folder()) / EMBEDDED_MODEL_NAME
 
 
 def _ensure_converted(folder: Path) -> Path:

@@ -7,6 +7,7 @@ import ray
 from transformers import PreTrainedTokenizerBase
 
 from magicdec.config import EngineConfig, ParallelConfig, SpeculativeConfig
+from magicdec.deployments.adaptive_policy import build_policy
 from magicdec.deployments.embedded_model import resolve_model
 from magicdec.engine import Engine
 from magicdec.executor import Executor, LocalExecutor
@@ -33,7 +34,11 @@ def build_engine(config: EngineConfig) -> BuiltEngine:
     )
     facts = read_model_facts(path)
     tokenizer = load_tokenizer(path)
-    engine = Engine(resolved, _build_executor(resolved), tokenizer, facts)
+    executor = _build_executor(resolved)
+    engine = Engine(resolved, executor, tokenizer, facts)
+    adaptive = resolved.speculation.adaptive
+    if adaptive is not None:
+        engine.policy = build_policy(resolved, adaptive, executor, engine.max_model_len)
     return BuiltEngine(engine, tokenizer, facts.vocab_size)
 
 

@@ -1,6 +1,6 @@
 """The settings of one engine, by section; defaults come from `magicdec/config.py`."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +9,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from magicdec.config import (
     DRAFTERS,
     MAX_DRAFT_LENGTH,
+    AdaptiveConfig,
     CacheConfig,
+    ConfigError,
     DraftModelConfig,
     ModelConfig,
     ParallelConfig,
@@ -24,6 +26,7 @@ _MODEL = ModelConfig(path=EMBEDDED_MODEL_NAME)
 _CACHE = CacheConfig()
 _SCHEDULER = SchedulerConfig()
 _SPECULATION = SpeculativeConfig()
+_ADAPTIVE = AdaptiveConfig()
 _SELECTION = SelectionConfig()
 _DRAFT_MODEL = DraftModelConfig(path="")
 _PARALLEL = ParallelConfig()
@@ -90,20 +93,44 @@ def _whole_or_share(budget: float) -> float:
 
 
 class SpeculationSettings(Section):
-    """SpeculativeConfig with its selection and its draft model, flat."""
+    """SpeculativeConfig with its selection, its draft model and what is adaptive, flat."""
 
-    drafter: str = Field(
-        default=_SPECULATION.drafter,
-        description=f"Who drafts where a request names nobody: {', '.join(DRAFTERS)}.",
+    drafter: str | None = Field(
+        default=None,
+        description=f"Who drafts where a request names nobody: {', '.join(DRAFTERS)}. Empty: each "
+        f"round has one of drafters ({_SPECULATION.drafter} where draft_length is set).",
     )
-    draft_length: int = Field(
-        default=_SPECULATION.draft_length,
-        description="Tokens drafted a round; 0 is plain decoding.",
+    draft_length: int | None = Field(
+        default=None,
+        description="Tokens drafted in every round; 0 is plain decoding. Empty: each round has the "
+        "length that is predicted to be fastest, which may be 0.",
     )
-    draft_budget: Annotated[float, AfterValidator(_whole_or_share)] = Field(
-        default=_SPECULATION.draft_budget,
+    draft_budget: Annotated[float, AfterValidator(_whole_or_share)] | None = Field(
+        default=None,
         gt=0,
-        description="KV positions that a draft step reads; below 1, a share of the context.",
+        description="KV positions that a draft step reads; below 1, a share of the context. Empty: "
+        "each round has one of draft_budgets "
+        f"({_SPECULATION.draft_budget:g} where draft_length is set).",
+    )
+    drafters: tuple[str, ...] | None = Field(
+        default=None,
+        description="Among whom each round may choose while draft_length is empty; empty: "
+        f"{' and '.join(_ADAPTIVE.drafters)}, and draft_model where there is one.",
+    )
+    draft_budgets: tuple[Annotated[float, AfterValidator(_whole_or_share)], ...] | None = Field(
+        default=None,
+        description="Among which budgets, ascending; empty: "
+        f"{', '.join(format(b, 'g') for b in _ADAPTIVE.draft_budgets)}, those within "
+        "max_draft_budget.",
+    )
+    exploration_share: float = Field(
+        default=_ADAPTIVE.exploration_share,
+        description="Of the time, that may be lost by trying other drafts; 0: none are tried.",
+    )
+    inter_token_target_s: float = Field(
+        default=_ADAPTIVE.inter_token_target_s,
+        description="While answers are written, prompts are computed in steps that end after about "
+        "so many seconds; only while draft_length is empty.",
     )
     max_draft_length: int = Field(
         default=_SPECULATION.max_draft_length,
@@ -169,18 +196,45 @@ class SpeculationSettings(Section):
 
     def config(self) -> SpeculativeConfig:
         """Raises ConfigError naming field, value and limit."""
+        for name in ("drafters", "draft_budgets"):
+            if self.draft_length is not None and name in self.model_fields_set:
+                raise ConfigError(
+                    f"{name} is what rounds choose among: draft_length must be empty, "
+                    f"got {self.draft_length}"
+                )
         names = [field.name for field in fields(SelectionConfig)]
-        window = self.draft_model_window
-        return SpeculativeConfig(
-            drafter=self.drafter,
-            draft_length=self.draft_length,
-            draft_budget=self.draft_budget,
+        window, length = self.draft_model_window, self.draft_length
+        fixed = SpeculativeConfig(
+            drafter=self.drafter or _SPECULATION.drafter,
+            draft_length=self._draft_length(),
+            draft_budget=self.draft_budget or min(_SPECULATION.draft_budget, self.max_draft_budget),
             max_draft_length=self.max_draft_length,
             max_draft_budget=self.max_draft_budget,
             max_view_share=self.max_view_share,
             verification=self.verification,
             selection=SelectionConfig(**self.model_dump(include=set(names))),
             draft_model=DraftModelConfig(self.draft_model, window) if self.draft_model else None,
+        )
+        return replace(fixed, adaptive=self._adaptive()) if length is None else fixed
+
+    def _draft_length(self) -> int:
+        if self.draft_length is None:
+            return min(_SPECULATION.draft_length, self.max_draft_length)
+        return self.draft_length
+
+    def _adaptive(self) -> AdaptiveConfig:
+        """A drafter or a budget that is set leaves the round no choice of it."""
+        drafters, budgets = self.drafters, self.draft_budgets
+        if drafters is None:
+            drafters = _ADAPTIVE.drafters + (("draft_model",) if self.draft_model else ())
+        if budgets is None:
+            within = tuple(b for b in _ADAPTIVE.draft_budgets if b <= self.max_draft_budget)
+            budgets = within or (self.max_draft_budget,)
+        return AdaptiveConfig(
+            drafters=(self.drafter,) if self.drafter else drafters,
+            draft_budgets=(self.draft_budget,) if self.draft_budget else budgets,
+            exploration_share=self.exploration_share,
+            inter_token_target_s=self.inter_token_target_s,
         )
 
 

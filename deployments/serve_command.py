@@ -83,11 +83,19 @@ def summary(settings: ServeSettings, server: Server) -> Table:
 
 def draft_line(speculation: SpeculationSettings) -> str:
     """What drafts for a request that asks for nothing."""
-    if not speculation.draft_length:
+    config = speculation.config()
+    if config.adaptive is not None:
+        names = ", ".join(config.adaptive.drafters)
+        budgets = " or ".join(_positions(budget) for budget in config.adaptive.draft_budgets)
+        return f"each round chooses: {names}; 0 to {config.max_draft_length} tokens over {budgets}"
+    if config.draft_length == 0:
         return "off (draft length 0)"
-    budget = speculation.draft_budget
-    read = f"{budget:,} positions" if budget >= 1 else f"{budget:.1%} of the context"
-    return f"{speculation.drafter}, length {speculation.draft_length}, budget {read}"
+    read = _positions(config.draft_budget)
+    return f"{config.drafter}, length {config.draft_length}, budget {read} positions"
+
+
+def _positions(budget: float) -> str:
+    return f"{budget:,g}" if budget >= 1 else f"{budget:.1%} of the context's"
 
 
 def _stop_on_signals() -> threading.Event:

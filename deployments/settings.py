@@ -23,6 +23,9 @@ from magicdec.deployments.engine_settings import (
     Section,
     SpeculationSettings,
 )
+from magicdec.routing.settings import AdmissionConfig
+
+_ADMISSION = AdmissionConfig()  # one source of defaults
 
 
 class SettingsError(ValueError):
@@ -46,6 +49,29 @@ class ServerSettings(Section):
         default=256,
         ge=1,
         description="Requests that may wait for an engine, over all replicas; more get 429.",
+    )
+    company_wait_s: float = Field(
+        default=_ADMISSION.company_wait_s,
+        description="How long a request waits for others of its length to start with; never while "
+        "a replica idles.",
+    )
+    age_bound_s: float = Field(
+        default=_ADMISSION.age_bound_s,
+        description="A request that has waited so long goes before all others of its API key, "
+        "whatever its length.",
+    )
+    length_classes: bool = Field(
+        default=_ADMISSION.length_classes,
+        description="Requests of like length (powers of two) start together, on the same replicas.",
+    )
+    prefix_affinity: bool = Field(
+        default=_ADMISSION.prefix_affinity,
+        description="A prompt goes to a replica that has computed its beginning.",
+    )
+    overload_factor: float = Field(
+        default=_ADMISSION.overload_factor,
+        description="How many times as busy as the least busy replica one may be that is chosen "
+        "for a prompt's beginning or length.",
     )
     keep_alive_s: float = Field(
         default=5.0,
@@ -94,6 +120,7 @@ class ServeSettings(Section):
     def _engine_accepts(self) -> "ServeSettings":
         try:
             self.engine_config()
+            self.admission_config()
         except ConfigError as error:
             raise ValueError(str(error)) from error
         return self
@@ -103,6 +130,17 @@ class ServeSettings(Section):
         """Every model that an engine loads."""
         draft_model = self.speculation.draft_model
         return [self.model.path, *([draft_model] if draft_model else [])]
+
+    def admission_config(self) -> AdmissionConfig:
+        """Raises ConfigError naming field, value and limit."""
+        return AdmissionConfig(
+            max_queued_requests=self.server.max_queued_requests,
+            company_wait_s=self.server.company_wait_s,
+            age_bound_s=self.server.age_bound_s,
+            length_classes=self.server.length_classes,
+            prefix_affinity=self.server.prefix_affinity,
+            overload_factor=self.server.overload_factor,
+        )
 
     def engine_config(self) -> EngineConfig:
         """Raises ConfigError naming field, value and limit."""

@@ -74,9 +74,10 @@ def test_a_port_in_use_is_one_line() -> None:
 @pytest.mark.parametrize(
     ("draft", "line"),
     [
-        ({}, "recycled, length 4, budget 512 positions"),
-        ({"drafter": "snapkv", "draft_budget": 0.1}, "snapkv, length 4, budget 10.0% of the"),
-        ({"draft_budget": 2048.0}, "budget 2,048 positions"),
+        ({}, "each round chooses: recycled, ngram; 0 to 16 tokens over 256 or 512 or 1,024"),
+        ({"drafter": "snapkv", "draft_budget": 0.1}, "snapkv; 0 to 16 tokens over 10.0% of the"),
+        ({"draft_length": 4}, "recycled, length 4, budget 512 positions"),
+        ({"draft_budget": 2048.0, "draft_length": 2}, "length 2, budget 2,048 positions"),
         ({"draft_length": 0}, "off (draft length 0)"),
     ],
 )
@@ -87,7 +88,16 @@ def test_the_start_up_table_says_what_drafts(draft: dict[str, Any], line: str) -
 def test_generate_streams_text_and_counts(tiny_model_dir: Path, tmp_path: Path) -> None:
     prompt = tmp_path / "prompt.txt"
     prompt.write_text("hello")
-    model = ["--model", str(tiny_model_dir), "--dtype", "float32", "--kv-cache-gib", "0.01"]
+    model = [
+        "--model",
+        str(tiny_model_dir),
+        "--dtype",
+        "float32",
+        "--kv-cache-gib",
+        "0.01",
+        "--draft-length",
+        "3",
+    ]
     generate = ["generate", *model, "--no-chat", "--max-tokens", "12"]
     from_file = RUNNER.invoke(app, [*generate, "--prompt-file", str(prompt)])
     assert from_file.exit_code == 0, from_file.stderr

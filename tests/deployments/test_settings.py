@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel
 
 from magicdec.config import (
+    AdaptiveConfig,
     CacheConfig,
     DraftModelConfig,
     EngineConfig,
@@ -24,10 +25,15 @@ from magicdec.deployments.settings import (
     load_settings,
     parse_settings,
 )
+from magicdec.routing.settings import AdmissionConfig
 
 
 def test_defaults_are_the_engine_s_own() -> None:
-    assert ServeSettings().engine_config() == EngineConfig(ModelConfig(EMBEDDED_MODEL_NAME))
+    """But for the draft: a server chooses it, an engine does as it is told."""
+    speculation = SpeculativeConfig(adaptive=AdaptiveConfig())
+    assert ServeSettings().engine_config() == EngineConfig(
+        ModelConfig(EMBEDDED_MODEL_NAME), speculation=speculation
+    )
 
 
 def test_every_field_of_the_draft_reaches_the_engine() -> None:
@@ -49,7 +55,13 @@ def test_every_field_of_the_draft_reaches_the_engine() -> None:
         "draft_model": "org/small",
         "draft_model_window": None,
     }
-    assert speculation.keys() == SpeculationSettings.model_fields.keys()
+    adaptive = {
+        "drafters": ["snapkv", "ngram"],
+        "draft_budgets": [300, 900],
+        "exploration_share": 0.02,
+        "inter_token_target_s": 0.3,
+    }
+    assert speculation.keys() | adaptive.keys() == SpeculationSettings.model_fields.keys()
     config = parse_settings({"speculation": speculation}).engine_config().speculation
     assert config == SpeculativeConfig(
         drafter="draft_model",
@@ -62,6 +74,51 @@ def test_every_field_of_the_draft_reaches_the_engine() -> None:
         selection=SelectionConfig(8, 32, 2, 1.5, 3, 16, 0.9),
         draft_model=DraftModelConfig("org/small", None),
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, AdaptiveConfig(("recycled", "ngram"), (256, 512, 1024))),
+        (
+            {"drafters": ["snapkv"], "draft_budgets": [300, 900], "exploration_share": 0.02},
+            AdaptiveConfig(("snapkv",), (300, 900), 0.02),
+        ),
+        ({"inter_token_target_s": 0.3}, AdaptiveConfig(inter_token_target_s=0.3)),
+        ({"drafter": "streaming"}, AdaptiveConfig(("streaming",))),
+        ({"draft_budget": 700}, AdaptiveConfig(draft_budgets=(700,))),
+        ({"max_draft_budget": 600}, AdaptiveConfig(draft_budgets=(256, 512))),
+        ({"max_draft_budget": 200}, AdaptiveConfig(draft_budgets=(200,))),
+        ({"draft_model": "org/small"}, AdaptiveConfig(("recycled", "ngram", "draft_model"))),
+        ({"draft_length": 0}, None),
+        ({"draft_length": 4}, None),
+    ],
+)
+def test_what_is_left_empty_is_chosen_by_rounds(
+    given: dict[str, Any], expected: AdaptiveConfig | None
+) -> None:
+    speculation = parse_settings({"speculation": given}).engine_config().speculation
+    assert speculation.adaptive == expected
+
+
+def test_every_field_of_the_policy_reaches_the_router() -> None:
+    server = {
+        "max_queued_requests": 7,
+        "company_wait_s": 0.5,
+        "age_bound_s": 4.0,
+        "length_classes": False,
+        "prefix_affinity": False,
+        "overload_factor": 2.5,
+    }
+    assert parse_settings({"server": server}).admission_config() == AdmissionConfig(
+        max_queued_requests=7,
+        company_wait_s=0.5,
+        age_bound_s=4.0,
+        length_classes=False,
+        prefix_affinity=False,
+        overload_factor=2.5,
+    )
+    assert ServeSettings().admission_config() == AdmissionConfig()
 
 
 def test_the_prefix_cache_can_be_switched_off() -> None:
@@ -114,19 +171,42 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
     [
         ({"server": {"port": 70000}}, "server.port: Input should be less than or equal to 65535"),
         ({"server": {"prot": 1}}, "server.prot: Extra inputs are not permitted (got 1)"),
+        ({"speculation": {"drafters": ["medusa"]}}, "drafters must be of streaming, snapkv,"),
+        ({"speculation": {"drafters": []}}, "once each, got ()"),
+        (
+            {"speculation": {"draft_budgets": [512, 256]}},
+            "draft_budgets must be above 0 and ascend",
+        ),
+        (
+            {"speculation": {"draft_budgets": [50, 512]}},
+            "draft_budgets must be at least 96, got 50",
+        ),
+        (
+            {"speculation": {"draft_budgets": [9000]}},
+            "draft_budgets must be at most 4096, got 9000",
+        ),
+        ({"speculation": {"drafters": ["draft_model"]}}, "needs the path of a draft model"),
+        ({"speculation": {"exploration_share": 2}}, "exploration_share must be at most 1, got 2"),
+        ({"speculation": {"inter_token_target_s": 0}}, "inter_token_target_s must be above 0"),
+        (
+            {"speculation": {"drafters": ["ngram"], "draft_length": 4}},
+            "drafters is what rounds choose among: draft_length must be empty, got 4",
+        ),
         ({"speculation": {"draft_length": 40}}, "draft_length must be at most 16, got 40"),
         ({"speculation": {"draft_length": -1}}, "draft_length must be at least 0, got -1"),
         ({"speculation": {"draft_budget": 83}}, "draft_budget must be at least 84, got 83"),
         ({"speculation": {"draft_budget": 90.5}}, "a share of the context below 1, got 90.5"),
         ({"speculation": {"draft_budget": -3}}, "Input should be greater than 0 (got -3)"),
         ({"speculation": {"draft_budget": float("nan")}}, "draft_budget: Input should be a finite"),
-        ({"speculation": {"max_draft_budget": 100}}, "draft_budget must be at most 100, got 512"),
+        ({"speculation": {"max_draft_budget": 50}}, "draft_budget must be at least 84, got 50"),
         ({"speculation": {"max_draft_length": 17}}, "max_draft_length must be at most 16, got 17"),
         ({"speculation": {"drafter": "medusa"}}, "draft_model, ngram, got 'medusa'"),
         ({"speculation": {"drafter": "draft_model"}}, "needs the path of a draft model"),
         ({"speculation": {"verification": "exact"}}, "optimal_coupling, got 'exact'"),
         ({"speculation": {"coverage": 0}}, "coverage must be above 0 and at most 1, got 0"),
         ({"cache": {"kv_cache_gib": float("inf")}}, "kv_cache_gib: Input should be a finite"),
+        ({"server": {"overload_factor": 0.5}}, "overload_factor must be at least 1, got 0.5"),
+        ({"server": {"age_bound_s": 0}}, "age_bound_s must be at least 0.02, got 0"),
         ({"model": {"dtype": "int4"}}, "got 'int4'"),
         ({"model": "llama"}, "model: "),
         ({"cache": {"kv_cache_gib": 0}}, "cache.kv_cache_gib: Input should be greater than 0"),
