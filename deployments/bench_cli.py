@@ -16,8 +16,8 @@ Contexts = Annotated[str, typer.Option("--context", help="Context lengths: 512,2
 Seconds = Annotated[
     float, typer.Option(help="A point, about: of plain decoding, and of speculative.")
 ]
-Tokens = Annotated[
-    str, typer.Option(help="LOW:HIGH, a sequence and segment; at least 3 pairs of segments.")
+Rounds = Annotated[
+    str, typer.Option(help="LOW:HIGH, of each side in a segment; at least 3 pairs of segments.")
 ]
 Text = Annotated[
     Path | None,
@@ -31,7 +31,7 @@ def bench(
     batch: Batches = "1,4,8",
     context: Contexts = "512,2k,4k",
     seconds: Seconds = 3.0,
-    tokens: Tokens = "8:64",
+    rounds: Rounds = "4:24",
     text: Text = None,
     temperature: Temperature = 0.8,
     as_json: Json = False,
@@ -58,7 +58,7 @@ def bench(
         "parallel": {"num_threads": num_threads},
     }
     with one_line_errors():
-        lists = {"batch": batch, "context": context, "tokens": tokens}
+        lists = {"batch": batch, "context": context, "rounds": rounds}
         _bench(_settings(config, flags), lists, (seconds, temperature), text, as_json=as_json)
 
 
@@ -80,7 +80,7 @@ def _bench(
         batch_sizes=tuple(dict.fromkeys(whole_numbers("batch", lists["batch"]))),
         context_lens=tuple(dict.fromkeys(whole_numbers("context", lists["context"]))),
         seconds=numbers[0],
-        segment_tokens=bounds("tokens", lists["tokens"]),
+        segment_rounds=bounds("rounds", lists["rounds"]),
         temperature=numbers[1],
     )
     report = run_bench(settings.engine_config(), request, text, Console(stderr=True))

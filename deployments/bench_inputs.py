@@ -16,7 +16,7 @@ from magicdec.config import (
     check_at_most,
 )
 from magicdec.deployments.engine_settings import GIB
-from magicdec.deployments.live_bench import SPARE_TOKENS, neighbouring_windows, read_text
+from magicdec.deployments.live_bench import answer_tokens, neighbouring_windows, read_text
 from magicdec.deployments.plan_inputs import read_model
 from magicdec.draft_choice import choose_draft
 from magicdec.planning.devices import PlanDevice
@@ -33,8 +33,8 @@ class BenchRequest:
 
     batch_sizes: tuple[int, ...]
     context_lens: tuple[int, ...]
-    seconds: float = 3.0  # of plain decoding at a point, about; speculative takes as many tokens
-    segment_tokens: tuple[int, int] = (8, 64)  # a sequence, at least and at most
+    seconds: float = 3.0  # of plain decoding at a point, about; with drafts as many rounds
+    segment_rounds: tuple[int, int] = (4, 24)  # of each side, at least and at most
     temperature: float = 0.8
 
     def __post_init__(self) -> None:
@@ -43,10 +43,10 @@ class BenchRequest:
                 check_at_least(name, value, 1)
         if not 0.0 < self.seconds < math.inf:
             raise ConfigError(f"seconds must be above 0 and finite, got {self.seconds}")
-        low, high = self.segment_tokens
-        check_at_least("tokens", low, 1)
+        low, high = self.segment_rounds
+        check_at_least("rounds", low, 1)
         if high < low:
-            raise ConfigError(f"tokens must be LOW:HIGH with LOW at most HIGH, got {low}:{high}")
+            raise ConfigError(f"rounds must be LOW:HIGH with LOW at most HIGH, got {low}:{high}")
         SamplingParams(temperature=self.temperature)
 
     @property
@@ -57,7 +57,7 @@ class BenchRequest:
     @property
     def answer_tokens(self) -> int:
         """The most that a sequence may add to its context."""
-        return self.segment_tokens[1] + SPARE_TOKENS
+        return answer_tokens(self.segment_rounds[1], num_policies=2)
 
 
 def bench_config(config: EngineConfig, request: BenchRequest) -> EngineConfig:

@@ -33,6 +33,7 @@ from magicdec.planning.figures import PointFigures
 
 LEAST_PAIRS = 3
 _MOST_PAIRS = 15
+_PLAIN_ARM, _DRAFTING_ARM = "plain", "drafting"
 _WARM_UP_SEED = 100  # above those of the pairs
 _MEASURED: dict[str, float | None] = dict.fromkeys(("bandwidth", "flops", "memory", "overhead_ms"))
 _BEGINNING_ROWS = 64  # of a prompt, computed anew by a segment: what is not in a whole block
@@ -74,7 +75,7 @@ class MeasuredPoint:
     @property
     def choices(self) -> dict[str, float]:
         """What the rounds were, by their share, the most frequent first; trials left out."""
-        plans = [r.plan for _, speculative in self.pairs for r in speculative.timed_rounds]
+        plans = [r.plan for _, speculative in self.pairs for r in speculative.rounds]
         counts = Counter(plan for plan in plans if not plan.endswith(TRIAL))
         return {plan: count / counts.total() for plan, count in counts.most_common()}
 
@@ -164,21 +165,19 @@ def _measure(
 def measure_point(
     bench: LiveBench, prompts: Sequence[Sequence[int]], request: BenchRequest
 ) -> MeasuredPoint:
-    """A segment of both to warm up, then pairs, every other one beginning with the other."""
-    low, high = request.segment_tokens
+    """Both in turn, round by round, through pairs of segments; a first one warms up and says how
+    many rounds the others have."""
+    low, high = request.segment_rounds
+    policies = {_PLAIN_ARM: bench.plain, _DRAFTING_ARM: bench.served}
     sampling = {"temperature": request.temperature}
-    plain = bench.segment(bench.plain, prompts, low, seed=_WARM_UP_SEED, **sampling)
-    step = plain.seconds / len(plain.timed_rounds)
-    num_tokens = max(low, min(high, round(request.seconds / LEAST_PAIRS / step)))
-    num_pairs = max(LEAST_PAIRS, min(_MOST_PAIRS, round(request.seconds / (num_tokens * step))))
-    bench.segment(bench.served, prompts, num_tokens, seed=_WARM_UP_SEED, **sampling)
+    warm = bench.compare(policies, prompts, low, seed=_WARM_UP_SEED, **sampling)[_PLAIN_ARM]
+    step = warm.seconds / len(warm.rounds)
+    num_rounds = max(low, min(high, round(request.seconds / LEAST_PAIRS / step)))
+    num_pairs = max(LEAST_PAIRS, min(_MOST_PAIRS, round(request.seconds / (num_rounds * step))))
     pairs = []
     for pair in range(num_pairs):
-        found: dict[bool, Segment] = {}  # whether it drafts
-        for drafts in (False, True) if pair % 2 == 0 else (True, False):
-            policy = bench.served if drafts else bench.plain
-            found[drafts] = bench.segment(policy, prompts, num_tokens, seed=pair, **sampling)
-        pairs.append((found[False], found[True]))
+        found = bench.compare(policies, prompts, num_rounds, seed=pair, **sampling)
+        pairs.append((found[_PLAIN_ARM], found[_DRAFTING_ARM]))
     return MeasuredPoint(len(prompts), len(prompts[0]), tuple(pairs))
 
 

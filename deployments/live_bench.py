@@ -3,8 +3,8 @@
 import itertools
 import sysconfig
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from magicdec.batch import Batch, Plan, StepResult
@@ -17,8 +17,8 @@ from magicdec.types import Request, SamplingParams
 
 PLAIN = "plain"  # what a round is called that drafts nothing
 TRIAL = " (trial)"  # what is added to the name of a round that explores
-SPARE_TOKENS = 64  # of an answer: rounds that settle, and the one that has enough of them
-_SETTLING_ROUNDS = 2
+_TOKENS_PER_ROUND = 6  # of a request, on the mean over policies; drafts rarely reach it
+_SPARE_TOKENS = 64
 _NUM_MODULES = 60  # of the standard library: more text than most machines have time for
 
 
@@ -54,16 +54,11 @@ class Round:
     plan: str
     num_tokens: int
     seconds: float
-    settles: bool = False  # before the clock starts
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Decode rounds of a whole batch; times without what began it.
-
-    A few rounds settle first: a drafter that observes rounds does so in a sequence's first one,
-    and then seldom, which a short segment would be all about.
-    """
+    """Decode rounds of a whole batch under one policy; times without what began it."""
 
     num_tokens: int
     seconds: float
@@ -75,10 +70,6 @@ class Segment:
     def rate(self) -> float:
         """Tokens a second."""
         return self.num_tokens / self.seconds
-
-    @property
-    def timed_rounds(self) -> list[Round]:
-        return [played for played in self.rounds if not played.settles]
 
 
 class LiveBench:
@@ -113,57 +104,88 @@ class LiveBench:
             if progress is not None:
                 progress(stats.num_prefill_tokens - before)
 
-    def segment(
+    def compare(
         self,
-        policy: RoundPolicy,
+        policies: Mapping[str, RoundPolicy],
         prompts: Sequence[Sequence[int]],
-        num_tokens: int,
+        num_rounds: int,
         *,
         seed: int,
         temperature: float,
-    ) -> Segment:
-        """Decodes until there are so many tokens a prompt on average; then all is given up.
+    ) -> dict[str, Segment]:
+        """So many rounds of each policy on one live batch, in turn, round by round; then all is
+        given up. What else the machine does falls on all of them alike.
 
-        Like seeds decode like text, whatever the policy.
+        Fewer where a request ends before. Like seeds decode like text, whatever the policies.
         """
-        watched = Watched(policy)
-        self.engine.policy = watched
+        num_tokens = answer_tokens(num_rounds, len(policies))
+        names = self._begin(prompts, num_tokens, seed, temperature)
+        watched = {name: Watched(policy) for name, policy in policies.items()}
+        found = {name: _Counting() for name in policies}
+        order = list(policies)
+        for turn in range(num_rounds):
+            for name in order[turn % len(order) :] + order[: turn % len(order)]:
+                self._round(watched[name], found[name])
+            if self.engine.load().num_running < len(names):
+                break
+        for request_id in names:
+            self.engine.abort(request_id)
+        return {name: counting.segment() for name, counting in found.items()}
+
+    def _begin(
+        self, prompts: Sequence[Sequence[int]], num_tokens: int, seed: int, temperature: float
+    ) -> list[str]:
+        """Until all decode, and one round more: a drafter that observes rounds does so in a
+        request's first one, and then seldom."""
+        speculation = self.engine.config.speculation
+        self.engine.policy = self.plain
         names = [f"r{next(self._names)}" for _ in prompts]
         for i, (name, prompt) in enumerate(zip(names, prompts, strict=True)):
             sampling = SamplingParams(
                 temperature=temperature,
                 seed=1000 * seed + i,
-                max_tokens=num_tokens + SPARE_TOKENS,
+                max_tokens=num_tokens,
                 ignore_eos=True,
             )
             self.engine.add(Request(name, tuple(prompt), sampling))
         begun: set[str] = set()
         while len(begun) < len(names):
             begun |= {output.request_id for output in self.engine.step()}
-        settling = [self._round(watched, settles=True) for _ in range(_SETTLING_ROUNDS)]
-        found = self._decode(watched, num_tokens * len(names), settling)
-        for name in names:
-            self.engine.abort(name)
-        return found
+        budget = max(speculation.draft_budget, speculation.selection_budget)
+        self.engine.policy = FixedPolicy(Plan(speculation.drafter, 1, budget))
+        self.engine.step()
+        return names
 
-    def _decode(self, watched: Watched, num_tokens: int, settling: list[Round]) -> Segment:
-        stats, emitted = self.engine.stats, 0
-        before = stats.num_draft_tokens, stats.num_accepted_tokens
-        rounds = settling
-        started = time.perf_counter()
-        while emitted < num_tokens:
-            rounds.append(self._round(watched))
-            emitted += rounds[-1].num_tokens
-        seconds = time.perf_counter() - started
-        drafted = stats.num_draft_tokens - before[0]
+    def _round(self, watched: Watched, found: "_Counting") -> None:
+        stats = self.engine.stats
+        self.engine.policy = watched
+        drafted, accepted = stats.num_draft_tokens, stats.num_accepted_tokens
+        begun = time.perf_counter()
+        num_tokens = sum(len(output.token_ids) for output in self.engine.step())
+        found.rounds.append(Round(watched.label, num_tokens, time.perf_counter() - begun))
+        found.num_draft_tokens += stats.num_draft_tokens - drafted
+        found.num_accepted_tokens += stats.num_accepted_tokens - accepted
+
+
+@dataclass(slots=True)
+class _Counting:
+    rounds: list[Round] = field(default_factory=list)
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+
+    def segment(self) -> Segment:
         return Segment(
-            emitted, seconds, drafted, stats.num_accepted_tokens - before[1], tuple(rounds)
+            sum(played.num_tokens for played in self.rounds),
+            sum(played.seconds for played in self.rounds),
+            self.num_draft_tokens,
+            self.num_accepted_tokens,
+            tuple(self.rounds),
         )
 
-    def _round(self, watched: Watched, *, settles: bool = False) -> Round:
-        begun = time.perf_counter()
-        found = sum(len(output.token_ids) for output in self.engine.step())
-        return Round(watched.label, found, time.perf_counter() - begun, settles)
+
+def answer_tokens(num_rounds: int, num_policies: int) -> int:
+    """Room for an answer through so many rounds of each policy."""
+    return num_rounds * num_policies * _TOKENS_PER_ROUND + _SPARE_TOKENS
 
 
 def read_text(path: Path | None) -> str:

@@ -3,9 +3,10 @@
 python -m tests.benchmarks.bench_grid --text book.txt --out grid.jsonl
 python -m tests.benchmarks.bench_grid --report --out grid.jsonl
 
-All prompts are prefilled once; every segment begins anew from the prefix cache, at the length of
-its point. At a point all arms run in turn, on the same prompts and seeds, so that they decode the
-same text. Segments that the file holds are not run again; one adaptive policy sees the whole run.
+All prompts are prefilled once; every pair begins anew from the prefix cache, at the length of its
+point. Within a pair all arms take turns on one live batch, round by round, so that what else the
+machine does falls on all of them, and so does a refresh of `recycled`. Pairs that the file holds
+are not run again; one adaptive policy sees the whole run.
 """
 
 import argparse
@@ -16,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from magicdec.deployments.embedded_model import EMBEDDED_MODEL_NAME
-from magicdec.deployments.live_bench import PLAIN
+from magicdec.deployments.live_bench import PLAIN, answer_tokens
 from tests.benchmarks.grid_report import render
-from tests.benchmarks.policy_arms import ADAPTIVE, ARMS, Bench, describe
+from tests.benchmarks.policy_arms import ARMS, Bench, describe
 
 _BLOCK = 64
 
@@ -40,9 +41,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--context", type=int, nargs="+", default=[512, 2048, 4096, 7000])
     parser.add_argument("--pairs", type=int, default=7, help="interleaved, at every point")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of a plain segment, about")
-    parser.add_argument("--least-tokens", type=int, default=8, help="a prompt and segment")
-    parser.add_argument("--most-tokens", type=int, default=32)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of plain rounds, a pair")
+    parser.add_argument("--least-rounds", type=int, default=4, help="of each arm, a pair")
+    parser.add_argument("--most-rounds", type=int, default=24)
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--out", type=Path, required=True, help="JSONL, appended to")
     parser.add_argument("--report", action="store_true", help="print what the file holds")
@@ -57,12 +58,12 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 def run(args: argparse.Namespace, records: list[dict[str, Any]]) -> None:
     batch, context = max(args.batch), max(args.context)
-    answers = batch * (args.most_tokens + 2 * _BLOCK)
+    answers = batch * (answer_tokens(args.most_rounds, len(ARMS)) + 2 * _BLOCK)
     bench = Bench(args.model, args.dtype, batch * (context + _BLOCK) + answers, batch)
     prompts = bench.token_prompts(bench.token_ids(args.text), batch, context)
     if not records:
         append(args.out, {"run": describe(bench)})
-    done = {(r["batch"], r["context"], r["pair"], r["arm"]) for r in records if "arm" in r}
+    done = {(r["batch"], r["context"], r["pair"]) for r in records if "arm" in r}
     started = time.perf_counter()
     bench.prefill(prompts)
     print(f"prefill of {batch} x {context}: {time.perf_counter() - started:.0f} s", flush=True)
@@ -73,25 +74,25 @@ def run(args: argparse.Namespace, records: list[dict[str, Any]]) -> None:
 
 
 def measure_point(
-    bench: Bench, prompts: list[list[int]], done: set[tuple[int, int, int, str]], args: Any
+    bench: Bench, prompts: list[list[int]], done: set[tuple[int, int, int]], args: Any
 ) -> None:
-    """One segment of every arm to warm up, then the pairs, each beginning with another arm."""
+    """One pair to warm up, then the others, each beginning with another arm."""
     point = len(prompts), len(prompts[0])
-    if all((*point, pair, arm) in done for pair in range(args.pairs) for arm in ARMS):
+    if all((*point, pair) in done for pair in range(args.pairs)):
         return
     sampling = {"temperature": args.temperature}
-    plain = bench.segment(PLAIN, prompts, args.least_tokens, seed=100, **sampling)
-    step = plain.seconds / len(plain.timed_rounds)
-    num_tokens = max(args.least_tokens, min(args.most_tokens, round(args.seconds / step)))
-    bench.segment(ADAPTIVE, prompts, num_tokens, seed=101, **sampling)
+    warm = bench.compare(ARMS, prompts, args.least_rounds, seed=100, **sampling)[PLAIN]
+    wanted = round(args.seconds / (warm.seconds / len(warm.rounds)))
+    num_rounds = max(args.least_rounds, min(args.most_rounds, wanted))
     for pair in range(args.pairs):
-        for arm in (*ARMS[pair % len(ARMS) :], *ARMS[: pair % len(ARMS)]):
-            if (*point, pair, arm) in done:
-                continue
-            found = bench.segment(arm, prompts, num_tokens, seed=pair, **sampling)
+        if (*point, pair) in done:
+            continue
+        turn = pair % len(ARMS)
+        arms = (*ARMS[turn:], *ARMS[:turn])
+        for arm, found in bench.compare(arms, prompts, num_rounds, seed=pair, **sampling).items():
             place = {"batch": point[0], "context": point[1], "pair": pair, "arm": arm}
             append(args.out, {**place, **asdict(found)})
-    print(f"{point[0]} x {point[1]}: {num_tokens} tokens a prompt and segment", flush=True)
+    print(f"{point[0]} x {point[1]}: {num_rounds} rounds of each arm, a pair", flush=True)
 
 
 def append(path: Path, record: dict[str, Any]) -> None:

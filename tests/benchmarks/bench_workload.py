@@ -3,9 +3,9 @@
 python -m tests.benchmarks.bench_workload --text book.txt --out workload.jsonl
 python -m tests.benchmarks.bench_workload --report --out workload.jsonl
 
-Every arm decodes its share of each phase, segment by segment in turn with the others, on the same
-prompts and seeds. The adaptive policy sees its own segments alone, one phase after the other: a
-phase's first segment is the first that it hears of the new mix.
+All arms take turns on one live batch, round by round, and begin anew with other seeds several times
+a phase. The adaptive policy sees its own rounds alone: its first one of a phase is the first that
+it hears of the new mix.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--arms", nargs="+", default=[PLAIN, *list(FIXED)[:3], ADAPTIVE])
     parser.add_argument("--seconds", type=float, default=60.0, help="of plain decoding, a phase")
-    parser.add_argument("--segments", type=int, default=8, help="into which a phase is cut")
+    parser.add_argument("--segments", type=int, default=12, help="into which a phase is cut")
     parser.add_argument("--out", type=Path, required=True, help="JSONL, appended to")
     parser.add_argument("--report", action="store_true", help="print what the file holds")
     args = parser.parse_args()
@@ -71,7 +71,7 @@ def parse_arguments() -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     longest = max(phase.context_len for phase in PHASES)
     batch = max(phase.batch_size for phase in PHASES)
-    room = 2 * batch * (longest + 8 * _BLOCK)
+    room = 2 * batch * (longest + 16 * _BLOCK)
     bench = Bench(args.model, args.dtype, room, batch)
     ids = bench.token_ids(args.text)
     random = Random(0)
@@ -86,20 +86,18 @@ def run(args: argparse.Namespace) -> None:
 
 
 def play(bench: Bench, number: int, phase: Phase, prompts: list[list[int]], args: Any) -> None:
-    """The first segment of plain decoding says how many tokens the others take; the adaptive one
-    goes on for as long as plain decoding took."""
+    """A few plain rounds say how many rounds make a segment."""
     sampling = {"temperature": phase.temperature}
-    probe = bench.segment(PLAIN, prompts, 4, seed=1000 * number + 999, **sampling)
-    step = probe.seconds / len(probe.timed_rounds)
-    num_tokens = max(round(args.seconds / args.segments / step), 4)
+    probe = bench.compare([PLAIN], prompts, 6, seed=1000 * number + 999, **sampling)[PLAIN]
+    step = probe.seconds / len(probe.rounds)
+    num_rounds = max(round(args.seconds / args.segments / step), 4)
     for segment in range(args.segments):
-        turn = segment % len(args.arms)
-        for arm in (*args.arms[turn:], *args.arms[:turn]):
-            seed = 1000 * number + segment
-            found = bench.segment(arm, prompts, num_tokens, seed=seed, **sampling)
+        turn, seed = segment % len(args.arms), 1000 * number + segment
+        arms = (*args.arms[turn:], *args.arms[:turn])
+        for arm, found in bench.compare(arms, prompts, num_rounds, seed=seed, **sampling).items():
             place = {"phase": number, "name": phase.name, "segment": segment, "arm": arm}
             append(args.out, {**place, **asdict(found)})
-    print(f"{phase.name}: {args.segments} segments of {num_tokens} tokens a prompt", flush=True)
+    print(f"{phase.name}: {args.segments} segments of {num_rounds} rounds of each arm", flush=True)
 
 
 def render(records: Sequence[dict[str, Any]]) -> str:

@@ -98,7 +98,7 @@ def _rates(found: list[dict[str, Any]], num_pairs: int) -> list[float]:
 def _chosen(found: list[dict[str, Any]]) -> str:
     plans: Counter[str] = Counter()
     for record in found:
-        plans.update(played["plan"] for played in record["rounds"] if not played["settles"])
+        plans.update(played["plan"] for played in record["rounds"])
     (name, count), total = plans.most_common(1)[0], sum(plans.values())
     return f"{name} ({count / total:.0%})"
 

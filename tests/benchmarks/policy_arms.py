@@ -68,18 +68,18 @@ class Bench:
     def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
         self.live.prefill(prompts)
 
-    def segment(
+    def compare(
         self,
-        arm: str,
+        arms: Sequence[str],
         prompts: Sequence[Sequence[int]],
-        num_tokens: int,
+        num_rounds: int,
         *,
         seed: int,
         temperature: float,
-    ) -> Segment:
+    ) -> dict[str, Segment]:
         """See LiveBench."""
-        policy = self.policy(arm)
-        return self.live.segment(policy, prompts, num_tokens, seed=seed, temperature=temperature)
+        policies = {arm: self.policy(arm) for arm in arms}
+        return self.live.compare(policies, prompts, num_rounds, seed=seed, temperature=temperature)
 
 
 def describe(bench: Bench) -> dict[str, str | int]:

@@ -40,7 +40,7 @@ speculation: {draft_budgets: [0.2, 16], num_sink_tokens: 4, num_recent_tokens: 2
               max_draft_length: 2, max_draft_budget: 64, max_view_share: 1.0}
 parallel: {num_threads: 1}
 """
-POINTS = ["--batch", "3,1", "--context", "48,96", "--seconds", "0.02", "--tokens", "2:4"]
+POINTS = ["--batch", "3,1", "--context", "48,96", "--seconds", "0.02", "--rounds", "2:4"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -187,17 +187,17 @@ def test_who_reads_no_view_is_named_without_a_budget(plan: str, text: str) -> No
         (["--batch", "1;2"], "batch must be whole numbers parted by commas, got '1;2'"),
         (["--batch", "0"], "batch must be at least 1, got 0"),
         (["--context", "1m"], "context must be whole numbers parted by commas, got '1m'"),
-        (["--context", "512"], "max_position_embeddings 512 less 68 for an answer) must be at"),
-        (["--context", "240", "--max-model-len", "256"], "context (max_model_len 256 less 68 for"),
-        (["--batch", "8", "--context", "256"], "batches up to 2 at context 256; contexts up to 28"),
-        (["--batch", "8", "--context", "256"], "8; num_blocks 328\n"),
-        (["--batch", "64", "--context", "400"], "at context 400; num_blocks 3,776\n"),
+        (["--context", "512"], "max_position_embeddings 512 less 112 for an answer) must be at"),
+        (["--context", "240", "--max-model-len", "256"], "context (max_model_len 256 less 112 for"),
+        (["--batch", "4", "--context", "256"], "batches up to 2 at context 256; contexts up to 80"),
+        (["--batch", "8", "--context", "256"], "at context 256; num_blocks 368\n"),
+        (["--batch", "64", "--context", "400"], "at context 400; num_blocks 4,096\n"),
         (["--text", "/no/such/book.txt"], "text: cannot read /no/such/book.txt: No such file"),
         (["--seconds", "0"], "seconds must be above 0 and finite, got 0.0"),
         (["--seconds", "nan"], "seconds must be above 0 and finite, got nan"),
-        (["--tokens", "many"], "tokens must be LOW:HIGH or one number, got 'many'"),
-        (["--tokens", "8:4"], "tokens must be LOW:HIGH with LOW at most HIGH, got 8:4"),
-        (["--tokens", "0:4"], "tokens must be at least 1, got 0"),
+        (["--rounds", "many"], "rounds must be LOW:HIGH or one number, got 'many'"),
+        (["--rounds", "8:4"], "rounds must be LOW:HIGH with LOW at most HIGH, got 8:4"),
+        (["--rounds", "0:4"], "rounds must be at least 1, got 0"),
         (["--temperature", "-1"], "temperature"),
         (["--model", "/no/such/model"], "'/no/such/model' is neither an existing folder"),
         (["--dtype", "int8"], "dtype must be one of float32, bfloat16, float16"),
@@ -206,7 +206,7 @@ def test_who_reads_no_view_is_named_without_a_budget(plan: str, text: str) -> No
 )
 def test_mistakes_are_one_line(arguments: list[str], more: list[str], message: str) -> None:
     check_one_line(
-        [*arguments, "--tokens", "2:4", "--context", "48", "--batch", "1", *more], message
+        [*arguments, "--rounds", "2:4", "--context", "48", "--batch", "1", *more], message
     )
 
 
@@ -216,7 +216,7 @@ def test_what_is_said_to_fit_fits_and_no_more(batch: int, context: int, num_bloc
     config = EngineConfig(ModelConfig(""), CacheConfig(block_size=8, num_blocks=num_blocks))
 
     def refusal(batch_size: int, context_len: int, blocks: int) -> str:
-        asked = BenchRequest((1, batch_size), (1, context_len), segment_tokens=(2, 4))
+        asked = BenchRequest((1, batch_size), (1, context_len), segment_rounds=(2, 4))
         try:
             check_pool(asked, config, MODEL, 8 * blocks)
         except ConfigError as error:
@@ -224,7 +224,7 @@ def test_what_is_said_to_fit_fits_and_no_more(batch: int, context: int, num_bloc
         return ""
 
     message = refusal(batch, context, num_blocks)
-    assert bool(message) == (batch * -(-(context + 68) // 8) > num_blocks)
+    assert bool(message) == (batch * -(-(context + 112) // 8) > num_blocks)
     if found := re.search(r"batches up to (\d+) at", message):
         assert not refusal(int(found[1]), context, num_blocks)
         assert refusal(int(found[1]) + 1, context, num_blocks)
@@ -257,13 +257,13 @@ def test_settings_that_cannot_be_measured_are_one_line(
 ) -> None:
     path = tmp_path / "settings.yaml"
     path.write_text(section)
-    few = ["--batch", "1,2", "--context", "48", "--tokens", "2:4"]
+    few = ["--batch", "1,2", "--context", "48", "--rounds", "2:4"]
     check_one_line(["--config", str(path), "--model", str(tiny_model_dir), *few], message)
 
 
 def test_a_short_text_says_how_long_it_must_be(arguments: list[str], tmp_path: Path) -> None:
     text = tmp_path / "short.txt"
     text.write_text("too short")
-    few: list[Any] = ["--batch", "2", "--context", "48", "--tokens", "2:4", "--text", str(text)]
+    few: list[Any] = ["--batch", "2", "--context", "48", "--rounds", "2:4", "--text", str(text)]
     message = "text: batch 2 at context 48: the text holds 9 tokens, 96 are needed; give a longer"
     check_one_line([*arguments, *few], message)
