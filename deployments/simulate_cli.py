@@ -27,6 +27,7 @@ from magicdec.simulation.simulator import simulate as run_simulation
 from magicdec.simulation.trace import TraceError
 
 _MAX_QUEUED = AdmissionConfig().max_queued_requests
+_LEAST_WIDTH = 100  # columns that the table takes
 _FEW_REQUESTS = 2000  # up to which the controller is asked before every round
 _ROUNDS_PER_CHOICE = 64  # beyond
 
@@ -180,7 +181,12 @@ def simulate(
         if as_json:
             typer.echo(json.dumps(runs_document(runs), indent=2, allow_nan=False))
         else:
-            print_runs(runs, _heading(workload, config, machine.origin), Console())
+            print_runs(runs, _heading(workload, config, machine.origin), _console())
+
+
+def _console() -> Console:
+    """A narrow terminal wraps the lines; columns that are cut say nothing."""
+    return Console(width=max(Console().width, _LEAST_WIDTH))
 
 
 def _rounds_per_choice(workload: Workload) -> int:

@@ -1,7 +1,7 @@
 """What goes into and comes out of the acceptance model: frozen data, and whether it can be."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,17 +87,3 @@ class AcceptanceSnapshot:
     """What one replica saw itself, or the sum of several."""
 
     cells: tuple[CellCount, ...]
-
-
-def pool_snapshots(snapshots: Iterable[AcceptanceSnapshot]) -> AcceptanceSnapshot:
-    """The sum of the counts; impossible ones are left out.
-
-    What a replica gets back must not hold its own counts: leave its snapshot out.
-    """
-    sums: dict[tuple[str, float, int, int], tuple[float, float]] = {}
-    cells = (cell for snapshot in snapshots for cell in snapshot.cells)
-    for cell in (cell for cell in cells if cell.is_possible()):
-        key = (cell.drafter, cell.draft_budget, cell.context_bucket, cell.position)
-        examined, accepted = sums.get(key, (0.0, 0.0))
-        sums[key] = (examined + cell.examined, accepted + cell.accepted)
-    return AcceptanceSnapshot(tuple(CellCount(*key, *counts) for key, counts in sums.items()))

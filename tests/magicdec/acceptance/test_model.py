@@ -18,9 +18,9 @@ from magicdec.acceptance.records import (
     AcceptanceSnapshot,
     CellCount,
     Observation,
-    pool_snapshots,
 )
 from magicdec.config import ConfigError
+from tests.magicdec.acceptance.pooling import pool_snapshots
 
 AXES = AcceptanceAxes(("streaming", "recycled", "ngram"), (256, 512, 1024), 8)
 CONTEXT = 7000

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from magicdec.acceptance.model import AcceptanceModel
 from magicdec.acceptance.prior import AcceptanceAxes
-from magicdec.acceptance.records import AcceptanceSnapshot, CellCount, pool_snapshots
+from magicdec.acceptance.records import AcceptanceSnapshot, CellCount
 from magicdec.control.policy_pool import PolicyPool
 from magicdec.control.policy_snapshot import PackedPolicy, PolicySnapshot
+from tests.magicdec.acceptance.pooling import pool_snapshots
 from tests.magicdec.control.policies import FLAWS, cells, counts, packed
 
 SETTLED = 5.0
