@@ -78,7 +78,7 @@ def choose_draft(
     traits = TRAITS[drafter]
     if traits.reads_view and min(budget, context_len) > config.max_view_share * context_len:
         length = 0
-    return DraftChoice(drafter, length, budget, traits.needs_history)
+    return DraftChoice(drafter, length, budget, length > 0 and traits.needs_history)
 
 
 def _refuse(field: str, reason: str) -> None:

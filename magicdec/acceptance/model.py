@@ -17,7 +17,7 @@ from magicdec.acceptance.prior import (
     Floats,
     context_bucket,
 )
-from magicdec.acceptance.records import AcceptanceSnapshot, CellCount, Observation, judged
+from magicdec.acceptance.records import AcceptanceSnapshot, Observation, counts_of, judged
 from magicdec.acceptance.request_offsets import RequestOffsets
 
 _HALF_LIFE = 64.0  # rounds until evidence counts half, and until half of a lost trust is back
@@ -27,7 +27,6 @@ _FORGET = 0.1  # of the trust in others, and of requests' offsets, that outlives
 _REFIT_SHARE = 0.05  # of the evidence, new since the last fit
 _REFIT_SWEEPS, _MERGE_SWEEPS = 2, 20
 _LEAST_HAZARD = 0.003
-_LEAST_COUNT = 1e-3  # what is seen less is left out of a snapshot
 
 # What a hopeful estimate adds, in logits: halved after _HOPE_WEIGHT examined drafts.
 _DRAFTER_HOPE = 2.0  # for a drafter not seen lately
@@ -40,7 +39,7 @@ class AcceptanceModel:
     """Not thread-safe; one owner calls it.
 
     A hazard is (accepted + w * prior) / (examined + w) of its cell, the prior being what an
-    additive logit model makes of the other cells, moved by the request's own log-odds offset.
+    additive logit model makes of the other cells, moved by the request's own offset.
     What cannot be is counted in `num_dropped` and changes nothing else.
     """
 
@@ -55,12 +54,14 @@ class AcceptanceModel:
         self._others = (np.zeros(axes.shape), np.zeros(axes.shape))  # by other replicas
         self._trust = 1.0  # in the others' counts
         self._prior = AdditivePrior(axes)
-        self._requests = RequestOffsets(axes.num_settings, axes.max_draft_length)
         self._detector = ChangeDetector()
         self._num_tried = np.zeros((axes.shape[0], len(axes.drafters)))  # rows drafted lately
         self._drafter_of = np.arange(axes.num_settings) // len(axes.draft_budgets)
+        families = np.array(axes.families)[self._drafter_of].tolist()
+        self._requests = RequestOffsets(families, axes.max_draft_length)
         self._positions = np.arange(axes.max_draft_length)
         self._num_idle = 0  # rounds since the last draft
+        self._num_unfaded = 0  # rounds whose fading is still to be done
         self._num_new = 0.0  # examined since the prior was fitted
         self._logits: dict[tuple[int, bool], Floats] = {}  # by bucket, hopeful; of these counts
 
@@ -83,9 +84,11 @@ class AcceptanceModel:
         rows = self._possible(observations)
         if not rows:
             return
-        self._fade()
-        self._learn(rows)
+        self._num_unfaded += 1
         drafted = any(row.num_asked > 0 for row in rows)
+        if drafted:
+            self._fade()
+            self._learn(rows)
         self._num_idle = 0 if drafted else self._num_idle + 1
 
     def expected_tokens(
@@ -118,30 +121,18 @@ class AcceptanceModel:
 
     def snapshot(self) -> AcceptanceSnapshot:
         """The counts that were observed here; merged ones are not handed on."""
-        examined, accepted = self._seen
-        cells = []
-        for bucket, setting, position in np.argwhere(examined > _LEAST_COUNT).tolist():
-            at = (bucket, setting, position)
-            counts = float(examined[at]), float(accepted[at])
-            cells.append(CellCount(*self.axes.name(setting), bucket, position + 1, *counts))
-        return AcceptanceSnapshot(tuple(cells))
+        self._fade()
+        return AcceptanceSnapshot.of(self.axes, *self._seen)
 
     def merge(self, others: AcceptanceSnapshot) -> None:
         """Takes what other replicas saw, in place of what was taken before.
 
         Drafters and positions that are not served here are left out.
         """
-        examined, accepted = np.zeros(self.axes.shape), np.zeros(self.axes.shape)
-        for cell in others.cells:
-            if not cell.is_possible():
-                self.num_dropped += 1
-            elif cell.drafter in self.axes.drafters and cell.position <= len(self._positions):
-                context_len = 64 << cell.context_bucket
-                setting = self.axes.setting(cell.drafter, cell.draft_budget, context_len)
-                at = (cell.context_bucket, setting, cell.position - 1)
-                examined[at] += cell.examined
-                accepted[at] += cell.accepted
-        self._others = (examined, accepted)
+        self._fade()
+        possible = [cell for cell in others.cells if cell.is_possible()]
+        self.num_dropped += len(others.cells) - len(possible)
+        self._others = counts_of(self.axes, possible)
         self._refit(_MERGE_SWEEPS)
 
     def _possible(self, rows: Sequence[Observation]) -> list[Observation]:
@@ -197,14 +188,19 @@ class AcceptanceModel:
             self._requests.follow([key for key, _ in keyed], logits, which)
 
     def _fade(self) -> None:
+        """By the rounds since the last time: many of them may have been plain."""
+        if self._num_unfaded == 0:
+            return
+        fading = self._fading**self._num_unfaded
         for pair in (self._counts, self._seen, self._others):
-            keep = np.where(pair[0] > _FLOOR, self._fading, 1.0)
+            keep = np.where(pair[0] > _FLOOR, fading, 1.0)
             for counts in pair:
                 counts *= keep
-        self._prior.fade(1.0 - self._fading)
-        self._num_tried *= self._fading
-        self._trust = min(self._trust / self._fading, 1.0)
+        self._prior.fade(1.0 - fading)
+        self._num_tried *= fading
+        self._trust = min(self._trust / fading, 1.0)
         self._logits.clear()
+        self._num_unfaded = 0
 
     def _restart(self) -> None:
         """The level may have moved, which moves all cells alike until they show otherwise: they
@@ -232,11 +228,12 @@ class AcceptanceModel:
             offsets, variances = self._requests.look_up(keys)
             if hopeful:
                 offsets = offsets + _REQUEST_HOPE * variances
-            odds *= np.exp(offsets)[:, None, None]
+            odds *= np.exp(offsets)[:, :, None]
         return np.asarray(odds / (1.0 + odds))
 
     def _logits_of(self, context_lens: Sequence[int], hopeful: bool) -> tuple[Floats, list[int]]:
         """The rows' buckets, [num_buckets, num_settings, num_positions], and each row's in them."""
+        self._fade()
         buckets = [context_bucket(context_len) for context_len in context_lens]
         found = sorted(set(buckets))
         logits = np.array([self._bucket_logits(bucket, hopeful) for bucket in found])

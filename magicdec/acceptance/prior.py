@@ -5,6 +5,7 @@ it in its round was. A cell is one context bucket x setting x position; a settin
 a budget tier. Settings stand drafter by drafter, tiers ascending.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -100,6 +101,13 @@ class AcceptanceAxes:
             for tier in range(num_tiers if TRAITS[drafter].reads_view else 1)
         ]
 
+    @property
+    def families(self) -> tuple[int, ...]:
+        """Of each drafter. Those that read a view err alike, being the target over less of its KV;
+        any other says nothing of them, nor they of it."""
+        others = itertools.count(1)
+        return tuple(0 if TRAITS[name].reads_view else next(others) for name in self.drafters)
+
     def name(self, setting: int) -> tuple[str, float]:
         """Drafter and budget of a setting."""
         drafter, tier = divmod(setting, len(self.draft_budgets))
@@ -124,18 +132,27 @@ def sigmoid(logits: Floats) -> Floats:
 class AdditivePrior:
     """logit = as measured once + level + drafter + tier + context bucket + position.
 
-    Every term is drawn to its anchor, at first 0; the level hardly. A cell counts as CELL_WEIGHT
-    examined drafts at most: what is peculiar to it says no more of its relatives, however often it
-    is seen.
+    All but the drafter's own are those of its family. Every term is drawn to its anchor, at first
+    0; the level hardly. A cell counts as CELL_WEIGHT examined drafts at most: what is peculiar to
+    it says no more of its relatives, however often it is seen.
     """
 
     def __init__(self, axes: AcceptanceAxes) -> None:
         buckets, settings, positions = np.indices(axes.shape)
         drafters, tiers = np.divmod(settings, len(axes.draft_budgets))
-        level = np.zeros(axes.shape, dtype=np.int64)
-        self._entries = (level, drafters, tiers, buckets, positions)  # each cell's, term by term
-        sizes = (1, len(axes.drafters), len(axes.draft_budgets), *axes.shape[::2])
-        self._terms = [np.zeros(size) for size in sizes]
+        family = np.array(axes.families)[drafters]
+        num_families = 1 + max(axes.families)
+        num_tiers, (num_buckets, _, num_positions) = len(axes.draft_budgets), axes.shape
+        self._entries = (  # each cell's, term by term
+            family,
+            drafters,
+            family * num_tiers + tiers,
+            family * num_buckets + buckets,
+            family * num_positions + positions,
+        )
+        sizes = (1, num_tiers, num_buckets, num_positions)
+        level, *others = (np.zeros(num_families * size) for size in sizes)
+        self._terms = [level, np.zeros(len(axes.drafters)), *others]
         budgets = [view_positions(b, 8192) / _REFERENCE_BUDGET for b in axes.draft_budgets]
         known = np.array([_DRAFTER_LOGITS.get(name, 0.0) for name in axes.drafters])
         self._measured = (  # [num_buckets, num_settings, max_draft_length]

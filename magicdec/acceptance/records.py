@@ -11,6 +11,7 @@ from magicdec.config import MAX_DRAFT_LENGTH
 
 _LONGEST_CONTEXT = 1 << 32
 _MOST_EXAMINED = 1e9  # of one cell, all replicas together
+_LEAST_COUNT = 1e-3  # what is seen less is left out of a snapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,3 +88,27 @@ class AcceptanceSnapshot:
     """What one replica saw itself, or the sum of several."""
 
     cells: tuple[CellCount, ...]
+
+    @classmethod
+    def of(cls, axes: AcceptanceAxes, examined: Floats, accepted: Floats) -> "AcceptanceSnapshot":
+        """Both AcceptanceAxes.shape."""
+        cells = []
+        for bucket, setting, position in np.argwhere(examined > _LEAST_COUNT).tolist():
+            at = (bucket, setting, position)
+            counts = float(examined[at]), float(accepted[at])
+            cells.append(CellCount(*axes.name(setting), bucket, position + 1, *counts))
+        return cls(tuple(cells))
+
+
+def counts_of(axes: AcceptanceAxes, cells: Sequence[CellCount]) -> tuple[Floats, Floats]:
+    """Examined and accepted drafts, AcceptanceAxes.shape; other drafters and later positions than
+    are served are left out."""
+    examined, accepted = np.zeros(axes.shape), np.zeros(axes.shape)
+    for cell in cells:
+        if cell.drafter in axes.drafters and cell.position <= axes.max_draft_length:
+            context_len = 64 << cell.context_bucket
+            setting = axes.setting(cell.drafter, cell.draft_budget, context_len)
+            at = (cell.context_bucket, setting, cell.position - 1)
+            examined[at] += cell.examined
+            accepted[at] += cell.accepted
+    return examined, accepted

@@ -1,4 +1,4 @@
-"""How far one request's acceptance lies from what its cells say: a log-odds offset.
+"""How far one request's acceptance lies from what its cells say: a log-odds offset a family.
 
 The counts are kept and the offset is worked out anew against the cells as they are now, so that
 what all requests have in common moves from the offsets into the cells and is not counted twice.
@@ -22,18 +22,24 @@ _NEWTON_STEPS = 2  # a call; they go on from the last call's offset
 
 
 class RequestOffsets:
-    """Decayed counts of the latest requests, by setting and position. The rest are unknown: 0."""
+    """Decayed counts of the latest requests, by setting and position. The rest are unknown: 0.
 
-    def __init__(self, num_settings: int, num_positions: int, capacity: int = 512) -> None:
+    `families` is each setting's. A request that one family of drafters fails may suit another.
+    """
+
+    def __init__(self, families: Sequence[int], num_positions: int, capacity: int = 512) -> None:
+        self._families = np.array(families)  # [num_settings]
+        num_settings, num_families = len(families), 1 + max(families)
         self._slots: OrderedDict[str, int] = OrderedDict()  # least recently drafted for first
         self._capacity = capacity
         self._examined = np.zeros((capacity, num_settings, num_positions))
         self._accepted = np.zeros((capacity, num_settings, num_positions))
         self._num_rounds = np.zeros(capacity, dtype=np.int64)
-        self._sums = np.zeros((capacity, 2))  # Page's CUSUM of each request, upwards and downwards
+        # Page's CUSUM of each request, upwards and downwards.
+        self._sums = np.zeros((capacity, num_families, 2))
         # One slot more, of all unknown requests.
-        self._offsets = np.zeros(capacity + 1)
-        self._variances = np.full(capacity + 1, _SPREAD**2)
+        self._offsets = np.zeros((capacity + 1, num_families))
+        self._variances = np.full((capacity + 1, num_families), _SPREAD**2)
 
     def add(
         self,
@@ -48,12 +54,16 @@ class RequestOffsets:
         rows = [row for row, key in enumerate(keys) if key]
         slots = [self._slot(key) for key in keys if key]
         cells = (slots, [settings[row] for row in rows])
+        families = self._families[cells[1]]  # [num_keyed]
+        same = self._families == families[:, None]  # [num_keyed, num_settings]
         self._num_rounds[slots] += 1
-        sums = np.maximum(self._sums[slots] + gains.T[rows], 0.0)  # [num_keyed, 2]
+        sums = np.maximum(self._sums[slots, families] + gains.T[rows], 0.0)  # [num_keyed, 2]
         alarm = sums.max(axis=1) > _THRESHOLD
-        self._sums[slots] = np.where(alarm[:, None], 0.0, sums)
-        turned = alarm & (self._examined[slots].sum(axis=(1, 2)) > _OUTWEIGHED)
-        keep = np.where(turned, _FORGET, 0.5 ** (1.0 / _HALF_LIFE))[:, None, None]
+        self._sums[slots, families] = np.where(alarm[:, None], 0.0, sums)
+        num_examined = (self._examined[slots].sum(axis=2) * same).sum(axis=1)
+        turned = alarm & (num_examined > _OUTWEIGHED)
+        fading = np.where(turned, _FORGET, 0.5 ** (1.0 / _HALF_LIFE))
+        keep = np.where(same, fading[:, None], 1.0)[:, :, None]
         for counts, new in ((self._examined, examined), (self._accepted, accepted)):
             counts[slots] *= keep
             counts[cells] += new[rows]
@@ -67,9 +77,10 @@ class RequestOffsets:
         self._accepted *= share_kept
 
     def look_up(self, keys: Sequence[str]) -> tuple[Floats, Floats]:
-        """Offsets and their variances as of the last `follow`, [num_rows]."""
+        """Offsets and variances as of the last `follow`: both [num_rows, num_settings]."""
         slots = [self._slots.get(key, self._capacity) for key in keys]
-        return self._offsets[slots], self._variances[slots]
+        at = np.ix_(np.array(slots, dtype=np.int64), self._families)
+        return self._offsets[at], self._variances[at]
 
     def follow(self, keys: Sequence[str], cell_logits: Floats, which: Sequence[int]) -> None:
         """Works the offsets of those requests out again, against the cells as they are now.
@@ -83,14 +94,17 @@ class RequestOffsets:
         examined = self._examined[slots].reshape(len(slots), -1)  # [num_known, num_cells]
         seen = np.flatnonzero(examined.any(axis=0))
         examined = examined[:, seen]
-        num_accepted = self._accepted[slots].sum(axis=(1, 2))
+        num_positions = cell_logits.shape[2]
+        families = self._families[seen // num_positions]
+        membership = families[:, None] == np.arange(self._offsets.shape[1])  # [num_seen, families]
+        accepted = self._accepted[slots].reshape(len(slots), -1)[:, seen] @ membership
         logits = cell_logits.reshape(len(cell_logits), -1)[:, seen][[which[i] for i in known]]
         offsets, precision = self._offsets[slots], 1.0 / _SPREAD**2
         for _ in range(_NEWTON_STEPS):
-            hazards = sigmoid(logits + offsets[:, None])
+            hazards = sigmoid(logits + offsets[:, families])
             weighted = examined * hazards
-            slope = num_accepted - weighted.sum(axis=1) - precision * offsets
-            bend = (weighted * (1.0 - hazards)).sum(axis=1) + precision
+            slope = accepted - weighted @ membership - precision * offsets
+            bend = (weighted * (1.0 - hazards)) @ membership + precision
             step = np.clip(slope / bend, -_MAX_STEP, _MAX_STEP)
             offsets = np.clip(offsets + step, -_MAX_OFFSET, _MAX_OFFSET)
         self._offsets[slots] = offsets

@@ -22,7 +22,8 @@ from magicdec.control.request_lengths import Candidate, split_rows, trim_rows
 from magicdec.control.round_costs import RoundCosts, RoundLoad
 from magicdec.control.round_forecast import Forecast, Forecaster
 
-_LOOK_EVERY = 2  # rounds between looks for something to try, where no request is new
+_LOOK_EVERY = 2  # decisions between looks for something to try, where no request is new
+_PLAIN_STANDS = 4  # rounds that a plain choice is good for: they show nothing of any drafter
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,9 @@ class DraftController:
         self._current = (0, 0)  # setting and draft length, for all rows, trials aside
         self._was_split = False
         self._untried: set[str] = set()  # drafters, of requests that came while nothing is drafted
-        self._num_choices = 0
+        self._num_decisions = 0
+        self._standing: tuple[RoundLoad, RoundChoice] | None = None  # of the last decision
+        self._num_left = 0  # rounds that it stands for
         self._num_dropped_times = 0
 
     @property
@@ -101,10 +104,22 @@ class DraftController:
         return self.acceptance.num_dropped + self._num_dropped_times
 
     def choose(self, load: RoundLoad) -> RoundChoice:
-        """The next round's plan. Without decode rows it is plain, for the drafter that was last."""
-        self._num_choices += 1
+        """The next round's plan. Without decode rows it is plain, for the drafter that was last.
+
+        Plain decoding of the same requests is not weighed anew every round.
+        """
         if not load.context_lens:
             return RoundChoice(self._plan(self._current[0], 0))
+        self._num_left -= 1
+        if self._num_left > 0 and self._standing is not None and _alike(self._standing[0], load):
+            return self._standing[1]
+        self._num_decisions += 1
+        choice = self._weigh(load)
+        is_plain = choice.plan.draft_length == 0
+        self._standing, self._num_left = (load, choice), _PLAIN_STANDS if is_plain else 0
+        return choice
+
+    def _weigh(self, load: RoundLoad) -> RoundChoice:
         forecast = self._forecaster.forecast(load)
         setting, length = self._current = self._decide(forecast.rates)
         best = _candidate(forecast, setting, length)
@@ -180,7 +195,7 @@ class DraftController:
             if not plain:
                 self._untried.discard(self._forecaster.settings[best.setting][0])
         are_new = plain and bool(self._untried)
-        if not are_new and self._num_choices % _LOOK_EVERY:
+        if not are_new and self._num_decisions % _LOOK_EVERY:
             return None
         if not self.exploration.has_credit(float(forecast.seconds[0, 0]), are_new=are_new):
             return None
@@ -228,6 +243,12 @@ class DraftController:
             num_tokens = len(outcomes) + sum(outcome.num_accepted_tokens for outcome in outcomes)
             losses.append(seconds - num_tokens / rate)
         self.exploration.charge(max(losses), are_new=choice.explores_new)
+
+
+def _alike(one: RoundLoad, other: RoundLoad) -> bool:
+    """The same named requests, none of them being prefilled."""
+    named = bool(one.request_keys) and one.request_keys == other.request_keys
+    return named and one.num_prefill_rows == other.num_prefill_rows == 0
 
 
 def _candidate(forecast: Forecast, setting: int, draft_length: int) -> Candidate:

@@ -120,6 +120,18 @@ def test_an_unseen_cell_follows_its_relatives() -> None:
     assert 0.0 < lost < fresh.expected_tokens("recycled", 1024, CONTEXT, 6) - same
 
 
+@pytest.mark.parametrize("drafter, hazards", [("ngram", [0.01]), ("recycled", [0.2] * 4)])
+def test_a_family_of_drafters_says_nothing_of_another(drafter: str, hazards: list[float]) -> None:
+    """Whatever becomes of n-gram lookup, views are as good as they were, and the other way round;
+    for the requests that it was tried on, too."""
+    model, fresh = AcceptanceModel(AXES), AcceptanceModel(AXES)
+    play(model, hazards, 20, drafter=drafter, key="r")
+    for other in set(AXES.drafters) - {drafter}:
+        expected = [m.expected_tokens(other, 512, CONTEXT, 6, "r0") for m in (model, fresh)]
+        apart = (other == "ngram") != (drafter == "ngram")
+        assert (expected[0] == pytest.approx(expected[1])) == apart
+
+
 def test_a_request_has_its_own_offset_and_strangers_have_none() -> None:
     model = AcceptanceModel(AXES)
     random = np.random.default_rng(3)

@@ -68,6 +68,32 @@ def test_drafts_change_for_a_smaller_margin_and_end_where_they_lose() -> None:
     assert (plan.drafter, plan.draft_length) == ("recycled", 0)  # it prepares the likeliest
 
 
+@pytest.mark.parametrize(
+    "later",
+    [
+        replace(LOAD, request_keys=("a", "b", "c", "e")),
+        replace(LOAD, request_keys=tuple("abcd"), num_prefill_rows=64),
+        replace(LOAD, context_lens=(7000,) * 3, request_keys=tuple("abc")),
+    ],
+)
+def test_plain_decoding_of_the_same_requests_is_weighed_every_fourth_round(
+    later: RoundLoad,
+) -> None:
+    """Another batch is weighed at once."""
+    subject, costs = controlled({})
+    load = replace(LOAD, request_keys=tuple("abcd"))
+    weighed = []
+    for n in range(9):
+        costs.loads.clear()
+        assert subject.choose(replace(load, context_lens=(7000 + n,) * 4)).plan.draft_length == 0
+        weighed.append(bool(costs.loads))
+    assert weighed == [n % 4 == 0 for n in range(9)]
+    costs.gains["snapkv", 3, 512] = 1.0
+    costs.loads.clear()
+    subject.choose(later)
+    assert costs.loads
+
+
 def test_moved_costs_are_noticed_for_a_load_that_is_known() -> None:
     """A correction of a drafter's costs by more than 2 %, the same load."""
 
