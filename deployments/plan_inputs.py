@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from magicdec.config import DTYPES, ConfigError
 from magicdec.deployments.embedded_model import resolve_model
-from magicdec.model_loader import compute_dtype
+from magicdec.model_loader import compute_dtype, weight_element_bytes
 from magicdec.planning.devices import MEMORY_USABLE, PlanDevice, known_device
 from magicdec.planning.memory import PlanModel
 from magicdec.profiling.device_rates import measure_device
@@ -47,13 +47,14 @@ def read_model(name: str, dtype: str, *, on_this_machine: bool = False) -> PlanM
 
     Raises ConfigError, and ModelNotFoundError for a path that is neither.
     """
-    weights, kv = _weight_dtype(dtype, on_this_machine), _torch_dtype(dtype)
+    kv = _torch_dtype(dtype).itemsize
+    weights = weight_element_bytes(dtype, _torch_device()) if on_this_machine else kv
     config = read_config(name)
     try:
         geometry = ModelGeometry.from_config(
             config,
-            weight_element_bytes=weights.itemsize,
-            kv_element_bytes=kv.itemsize,
+            weight_element_bytes=weights,
+            kv_element_bytes=kv,
         )
     except ValueError as error:
         raise ConfigError(f"model {name}: {error}") from error
@@ -159,7 +160,8 @@ def read_device(
 
 def _this_device(dtype: str) -> PlanDevice:
     where = _torch_device()
-    measured = measure_device(where, _weight_dtype(dtype, True))
+    computes = compute_dtype(dtype, where)
+    measured = measure_device(where, computes, weight_element_bytes(dtype, where))
     return PlanDevice(
         name=measured.name,
         bandwidth=measured.rates.bandwidth,
@@ -177,12 +179,6 @@ def _torch_dtype(dtype: str) -> torch.dtype:
     if dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
-
-
-def _weight_dtype(dtype: str, on_this_machine: bool) -> torch.dtype:
-    """What the linears run in: on a CPU without bf16 arithmetic, fp32."""
-    wanted = _torch_dtype(dtype)
-    return compute_dtype(dtype, _torch_device()) if on_this_machine else wanted
 
 
 def _first_line(error: Exception) -> str:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 
 from magicdec.kernels import paged_attention, reference, sparse_attention
+from magicdec.kernels.compiled import compiled_library
+from magicdec.kernels.cpu_attention import CpuAttention
 from magicdec.kernels.paged_layout import PagedLayout
 
 logger = logging.getLogger(__name__)
@@ -44,14 +46,24 @@ TORCH_FLASH_CPU = AttentionBackend(
 
 def select_backend(device: torch.device, dtype: torch.dtype) -> AttentionBackend:
     """The fastest backend whose result on a small case agrees with the reference."""
-    if device.type == "cpu":
-        difference = _probe(TORCH_FLASH_CPU, dtype)
+    candidates = [*_compiled(), TORCH_FLASH_CPU] if device.type == "cpu" else []
+    for backend in candidates:
+        difference = _probe(backend, dtype)
         if difference < 0.05:
-            logger.info("attention backend: %s", TORCH_FLASH_CPU.name)
-            return TORCH_FLASH_CPU
-        logger.warning("torch-flash-cpu is off by %.3g on this machine", difference)
+            logger.info("attention backend: %s", backend.name)
+            return backend
+        logger.warning("%s is off by %.3g on this machine", backend.name, difference)
     logger.warning("attention backend: reference on %s (slow, exact)", device)
     return REFERENCE
+
+
+def _compiled() -> list[AttentionBackend]:
+    """Empty where nothing can be compiled."""
+    library = compiled_library()
+    if library is None:
+        return []
+    attention = CpuAttention(library)
+    return [AttentionBackend("compiled-cpu", attention.paged, attention.gathered)]
 
 
 def _probe(backend: AttentionBackend, dtype: torch.dtype) -> float:

@@ -32,17 +32,33 @@ def paged_attention(
             query, k_cache, v_cache, layout, scaling, sliding_window, softcap
         )
     output = torch.empty_like(query)
+    attend_chunks(query, k_cache, v_cache, layout, scaling, sliding_window, 0, output)
+    return output
+
+
+def attend_chunks(
+    query: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    layout: PagedLayout,
+    scaling: float,
+    sliding_window: int | None,
+    least_rows: int,
+    output: torch.Tensor,
+) -> None:
+    """Fills the output's rows of those sequences that have more than `least_rows`."""
     row = 0
     for i, query_len in enumerate(layout.query_lens):
-        rows = query[:, row : row + query_len]
-        num_keys = layout.context_lens[i] + query_len
-        if sliding_window is not None and num_keys > sliding_window:
-            part = _windowed(rows, k_cache, v_cache, layout, i, scaling, sliding_window)
-        else:
-            part = _full(rows, k_cache, v_cache, layout, i, scaling)
-        output[:, row : row + query_len] = part
-        row += query_len
-    return output
+        stop = row + query_len
+        if query_len > least_rows:
+            rows = query[:, row:stop].to(k_cache.dtype)
+            num_keys = layout.context_lens[i] + query_len
+            if sliding_window is not None and num_keys > sliding_window:
+                part = _windowed(rows, k_cache, v_cache, layout, i, scaling, sliding_window)
+            else:
+                part = _full(rows, k_cache, v_cache, layout, i, scaling)
+            output[:, row:stop] = part
+        row = stop
 
 
 def _full(

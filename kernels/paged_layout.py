@@ -23,6 +23,7 @@ class PagedLayout:
     block_tables: tuple[NDArray[np.int64], ...]
     block_size: int
     _masks: dict[tuple[int, int, int, int], torch.Tensor] = field(default_factory=dict)
+    _packed: dict[int, tuple[NDArray[np.int64], ...]] = field(default_factory=dict)
 
     def slots(self, sequence: int, start: int, stop: int) -> NDArray[np.int64]:
         """Slots of positions start..stop-1 of a sequence."""
@@ -34,6 +35,26 @@ class PagedLayout:
         """Slot of every packed row, [num_rows]."""
         spans = zip(self.context_lens, self.query_lens, strict=True)
         return np.concatenate([self.slots(i, c, c + n) for i, (c, n) in enumerate(spans)])
+
+    def packed(self, most_rows: int) -> tuple[NDArray[np.int64], ...]:
+        """For a compiled kernel, the sequences of so many rows at most: where the rows of each
+        begin, query_lens, context_lens, their block tables end to end, and where each begins.
+
+        Worked out once a step.
+        """
+        if most_rows not in self._packed:
+            wanted = np.flatnonzero(np.array(self.query_lens) <= most_rows)
+            tables = [self.block_tables[i] for i in wanted] or [np.empty(0, dtype=np.int64)]
+            query_lens = np.array(self.query_lens, dtype=np.int64)
+            lengths = np.array([len(table) for table in tables], dtype=np.int64)
+            self._packed[most_rows] = (
+                (np.cumsum(query_lens) - query_lens)[wanted],
+                query_lens[wanted],
+                np.array(self.context_lens, dtype=np.int64)[wanted],
+                np.concatenate(tables),
+                np.cumsum(lengths) - lengths,
+            )
+        return self._packed[most_rows]
 
     def runs(self, sequence: int, stop: int) -> list[tuple[int, int]]:
         """Maximal spans (first slot, length) of consecutive slots that hold positions 0..stop-1."""

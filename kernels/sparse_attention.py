@@ -23,7 +23,7 @@ def gathered_attention(
     query: torch.Tensor,  # [num_query_heads, batch, head_dim]
     k_view: torch.Tensor,  # [num_kv_heads, batch, num_keys, head_dim]
     v_view: torch.Tensor,
-    mask: torch.Tensor,  # additive, query.dtype, [batch, num_keys]
+    mask: torch.Tensor,  # additive, k_view.dtype, [batch, num_keys]
     scaling: float,
     softcap: float | None = None,
 ) -> torch.Tensor:
@@ -32,8 +32,9 @@ def gathered_attention(
     if softcap is not None or num_kv_heads == 0:
         return reference.gathered_attention(query, k_view, v_view, mask, scaling, softcap)
     group_size = query.shape[0] // num_kv_heads
-    folded = query.view(num_kv_heads, group_size, batch, head_dim).transpose(1, 2)
+    narrow = query.to(k_view.dtype)
+    folded = narrow.reshape(num_kv_heads, group_size, batch, head_dim).transpose(1, 2)
     out = torch.nn.functional.scaled_dot_product_attention(
         folded, k_view, v_view, attn_mask=mask[None, :, None], scale=scaling
     )  # [num_kv_heads, batch, group_size, head_dim]
-    return out.transpose(1, 2).reshape(query.shape)
+    return out.transpose(1, 2).reshape(query.shape).to(query.dtype)

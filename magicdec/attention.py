@@ -129,20 +129,19 @@ class PagedAttention:
         k_cache, v_cache = self._cache.k[layer], self._cache.v[layer]
         dtype = k_cache.dtype  # the module may compute wider than the cache
         store_kv(k_cache, v_cache, key.to(dtype), value.to(dtype), self._slot_mapping)
-        narrow = query.to(dtype)
         output = self._backend.paged(
-            narrow, k_cache, v_cache, self._layout, scaling, sliding_window, softcap
+            query, k_cache, v_cache, self._layout, scaling, sliding_window, softcap
         )
         for observer in self._observers:
             observer.observe(
                 layer,
-                narrow,
+                query,
                 k_cache,
                 scaling=scaling,
                 sliding_window=sliding_window,
                 softcap=softcap,
             )
-        return output.to(query.dtype)
+        return output
 
 
 def row_positions(layout: PagedLayout) -> torch.Tensor:

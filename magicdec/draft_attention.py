@@ -97,9 +97,7 @@ class DraftAttention:
         view.k[:, :, column] = key
         view.v[:, :, column] = value
         mask = self._mask(view)
-        narrow = query.to(view.k.dtype)  # the module may compute wider than the cache
-        output = self._backend.gathered(narrow, view.k, view.v, mask, scaling, softcap)
-        return output.to(query.dtype)
+        return self._backend.gathered(query, view.k, view.v, mask, scaling, softcap)
 
     def _gather(self, layer: int, sliding_window: int | None) -> _View:
         key = (layer < self._config.num_first_layers, sliding_window)

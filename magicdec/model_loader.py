@@ -4,6 +4,7 @@ No model is written by hand: any decoder that dispatches through transformers' A
 works, and one that does not is refused at load.
 """
 
+import ctypes
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ from magicdec.attention import (
     register_attention,
 )
 from magicdec.config import ConfigError, EngineConfig, ModelConfig
+from magicdec.kernels.compiled import compiled_library
+from magicdec.kernels.cpu_linear import PackedLinear, pack_linears
 from magicdec.kv_cache import LayerSpec
 
 logger = logging.getLogger(__name__)
@@ -50,6 +53,13 @@ class LoadedModel:
     vocab_size: int
     kv_dtype: torch.dtype
     device: torch.device
+
+    @property
+    def weight_element_bytes(self) -> int:
+        """Of the linears, as a forward reads them."""
+        packed = any(isinstance(child, PackedLinear) for child in self.module.modules())
+        parameter: torch.Tensor = next(self.module.parameters())
+        return torch.bfloat16.itemsize if packed else parameter.dtype.itemsize
 
     def forward(
         self,
@@ -134,6 +144,9 @@ def load_model(config: ModelConfig, device: torch.device) -> LoadedModel:
         dtype=compute_dtype(config.dtype, device),
         attn_implementation="eager",
     )
+    library = packing_library(config.dtype, device)
+    if library is not None:
+        pack_linears(module, library)
     return describe_model(module.to(device), config.dtype)
 
 
@@ -178,8 +191,8 @@ def _refuse_another_vocabulary(target: str, draft: str) -> None:
 def compute_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """What the linears run in: the configured dtype, or fp32 where the CPU lacks its arithmetic.
 
-    Emulated bf16 products take five times as long as fp32 ones, so such a CPU keeps the (bf16)
-    weights in fp32; the KV cache, which long contexts are bound by, stays in the configured dtype.
+    Emulated bf16 products take five times as long as fp32 ones; the KV cache, which long contexts
+    are bound by, stays in the configured dtype, and so do linears that are packed.
     """
     wanted = cast(torch.dtype, getattr(torch, dtype))
     units = {"bfloat16": ("amx_bf16", "avx512_bf16"), "float16": ("amx_fp16", "avx512_fp16")}
@@ -190,6 +203,21 @@ def compute_dtype(dtype: str, device: torch.device) -> torch.dtype:
         return wanted
     logger.info("no %s arithmetic on this CPU: linears run in float32, KV stays %s", dtype, dtype)
     return torch.float32
+
+
+def weight_element_bytes(dtype: str, device: torch.device) -> int:
+    """Of the linears of a model that is loaded so, as a forward reads them."""
+    packed = packing_library(dtype, device) is not None
+    return (torch.bfloat16 if packed else compute_dtype(dtype, device)).itemsize
+
+
+def packing_library(dtype: str, device: torch.device) -> ctypes.CDLL | None:
+    """What multiplies fp32 rows with bf16 weights, where that is how a model is computed.
+
+    None: torch's linears serve, in fp32 where nothing can be compiled.
+    """
+    narrow = dtype == "bfloat16" and compute_dtype(dtype, device) is torch.float32
+    return compiled_library() if narrow else None
 
 
 @torch.inference_mode()

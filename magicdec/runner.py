@@ -64,7 +64,7 @@ class ModelRunner:
     def measure_device(self) -> RankDevice:
         """Takes a fraction of a second. The dtype is the one that the linears run in."""
         weights = next(self._model.module.parameters())
-        return measure_device(weights.device, weights.dtype)
+        return measure_device(weights.device, weights.dtype, self._model.weight_element_bytes)
 
     def num_affordable_blocks(self) -> int:
         model = self._model

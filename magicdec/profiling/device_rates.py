@@ -24,11 +24,13 @@ class RankDevice:
 
     name: str
     num_threads: int  # torch's, which is what counts on a CPU
-    weight_element_bytes: int  # of the linears, which may compute wider than the KV cache
+    weight_element_bytes: int  # of the linears, as they are read
     rates: Device
 
 
-def measure_device(device: torch.device, dtype: torch.dtype) -> RankDevice:
+def measure_device(
+    device: torch.device, dtype: torch.dtype, weight_element_bytes: int
+) -> RankDevice:
     """Bandwidth by a copy, arithmetic by a matrix product in `dtype`: a fraction of a second.
 
     `rates.fixed_seconds` is 0: what a forward costs beside both only forwards can tell.
@@ -39,7 +41,7 @@ def measure_device(device: torch.device, dtype: torch.dtype) -> RankDevice:
         memory_bytes=_memory_bytes(device),
         fixed_seconds=0.0,
     )
-    return RankDevice(_name(device), torch.get_num_threads(), dtype.itemsize, rates)
+    return RankDevice(_name(device), torch.get_num_threads(), weight_element_bytes, rates)
 
 
 @torch.inference_mode()

@@ -1,30 +1,16 @@
-"""The CPU kernels agree with their oracles over random shapes, block tables and windows."""
+"""Torch's CPU kernels agree with their oracles over random shapes, block tables and windows."""
 
-import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from magicdec.kernels import paged_attention as cpu_kernel
 from magicdec.kernels import reference
-from magicdec.kernels.dispatch import REFERENCE, TORCH_FLASH_CPU, select_backend
-from magicdec.kernels.paged_layout import PagedLayout
+from magicdec.kernels.dispatch import REFERENCE, select_backend
 from magicdec.kernels.sparse_attention import gather_view, gathered_attention
+from tests.kernels.layouts import make_layout
 
 HEAD_DIM = 16
-
-
-def make_layout(
-    context_lens: list[int], query_lens: list[int], block_size: int, contiguous: bool, seed: int
-) -> tuple[PagedLayout, int]:
-    counts = [-(-(c + q) // block_size) for c, q in zip(context_lens, query_lens, strict=True)]
-    num_blocks = sum(counts) + 2
-    order = np.arange(1, num_blocks)
-    if not contiguous:
-        np.random.default_rng(seed).shuffle(order)
-    tables = tuple(np.split(order[: sum(counts)], np.cumsum(counts)[:-1]))
-    return PagedLayout(tuple(query_lens), tuple(context_lens), tables, block_size), num_blocks
 
 
 @settings(max_examples=60, deadline=None)
@@ -107,11 +93,6 @@ def test_gathered_attention_agrees_with_the_reference(
     torch.testing.assert_close(
         gathered_attention(*case), reference.gathered_attention(*case), atol=2e-5, rtol=2e-5
     )
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_flash_backend_is_chosen_on_a_cpu(dtype: torch.dtype) -> None:
-    assert select_backend(torch.device("cpu"), dtype) is TORCH_FLASH_CPU
 
 
 def test_the_reference_is_chosen_where_no_kernel_runs() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from magicdec.kernels import reference, selection
-from tests.kernels.test_paged_attention import make_layout
+from tests.kernels.layouts import make_layout
 
 HEAD_DIM = 16
 

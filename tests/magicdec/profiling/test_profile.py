@@ -222,7 +222,7 @@ def test_an_engine_answers_after_a_profile_as_if_there_had_been_none(
 
 
 def test_a_device_has_rates_and_a_name() -> None:
-    device = measure_device(torch.device("cpu"), torch.float32)
+    device = measure_device(torch.device("cpu"), torch.float32, 4)
     assert device.name and device.num_threads == torch.get_num_threads()
     assert device.weight_element_bytes == 4
     assert 1e8 < device.rates.bandwidth < 1e13

@@ -1,0 +1,252 @@
+// Attention of packed rows over paged K/V: decoding, verification, prefill and the draft's view.
+//
+//   keys of a sequence   0 ........ 511 | 512 ....... 1023 | 1024 ...          splits
+//   rows of a sequence   every row of a KV head's group, folded: the head's keys are read once
+//
+// A split of one KV head and a block of rows is one task; partial results merge by log-sum-exp
+// (flash-decoding). Splits begin at fixed positions and every row is summed in the same order
+// whatever lies beside it, so a row's result does not depend on the batch, the number of rows that
+// are verified with it, or the number of threads.
+
+#include <algorithm>
+#include <vector>
+
+#include "buffer.h"
+#include "calls.h"
+#include "tiles.h"
+
+namespace {
+
+constexpr int64_t kSplit = 512;      // keys of a task
+constexpr int64_t kFoldedRows = 96;  // of a task, unless one query row's group is more
+constexpr int64_t kLeastRows = 17;   // query rows that share one reading of the keys
+
+// One sequence's rows first_row .. first_row + num_rows - 1 (of its own) over one split.
+struct Task {
+  int64_t sequence, head, first_row, num_rows, begin, end;
+  int64_t partial;  // offset: per folded row head_dim sums, the maximum, the sum of weights
+};
+
+// What a thread works in, call after call.
+struct Scratch {
+  Buffer queries, keys, values, scores;
+};
+
+thread_local Scratch scratch;
+thread_local Buffer partial_buffer;
+
+template <typename Query, typename Cache>
+class Attention {
+ public:
+  explicit Attention(const AttentionCall& call)
+      : call_(call),
+        group_(call.num_query_heads / call.num_kv_heads),
+        stride_(call.head_dim + kLanes) {
+    plan();
+  }
+
+  void run() {
+    partials_ = partial_buffer.reserve(num_partials_);
+    const int64_t num_tasks = tasks_.size(), num_groups = groups_.size();
+#pragma omp parallel num_threads(call_.num_threads)
+    {
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < num_tasks; ++i) attend(tasks_[i]);
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < num_groups; ++i) merge(groups_[i]);
+    }
+  }
+
+ private:
+  // Tasks that share rows and head: first .. last - 1.
+  struct Group {
+    int64_t first, last;
+  };
+
+  void plan() {
+    const int64_t block = std::max(kLeastRows, kFoldedRows / group_);
+    for (int64_t s = 0; s < call_.num_sequences; ++s)
+      for (int64_t head = 0; head < call_.num_kv_heads; ++head)
+        for (int64_t first = 0; first < call_.query_lens[s]; first += block)
+          plan_rows(s, head, first, std::min(block, call_.query_lens[s] - first));
+  }
+
+  void plan_rows(int64_t s, int64_t head, int64_t first, int64_t num_rows) {
+    const int64_t num_tasks = tasks_.size(), context = call_.context_lens[s];
+    const int64_t end = call_.mask ? context : context + first + num_rows;
+    int64_t begin = call_.window ? std::max<int64_t>(context + first - call_.window + 1, 0) : 0;
+    while (begin < end) {
+      const int64_t stop = std::min((begin / kSplit + 1) * kSplit, end);
+      tasks_.push_back({s, head, first, num_rows, begin, stop, num_partials_});
+      num_partials_ += num_rows * group_ * stride_;
+      begin = stop;
+    }
+    groups_.push_back({num_tasks, static_cast<int64_t>(tasks_.size())});
+  }
+
+  // Folded row: query row first_row + folded / group, head head * group + folded % group.
+  void attend(const Task& task) {
+    const int64_t dims = call_.head_dim, rows = task.num_rows * group_;
+    float* queries = scratch.queries.reserve(rows * dims);
+    fold_queries(task, queries);
+    float* partial = partials_ + task.partial;
+    for (int64_t row = 0; row < rows; ++row) {
+      std::fill_n(partial + row * stride_, dims, 0.0f);
+      partial[row * stride_ + dims] = -kInfinity;
+      partial[row * stride_ + dims + 1] = 0.0f;
+    }
+    // Tiles are aligned too: a window's first one may begin before the window does.
+    const int64_t first = task.begin / kTile * kTile;
+    Rows<Cache> rows_of[2];
+    find_rows(task, first, rows_of[0]);
+    for (int64_t tile = first, turn = 0; tile < task.end; tile += kTile, turn ^= 1) {
+      find_rows(task, std::min(tile + kTile, task.end - 1), rows_of[turn ^ 1]);
+      attend_tile(task, tile, rows_of[turn], rows_of[turn ^ 1], queries, partial);
+    }
+  }
+
+  void fold_queries(const Task& task, float* queries) const {
+    const Query* from = static_cast<const Query*>(call_.query);
+    for (int64_t row = 0; row < task.num_rows; ++row)
+      for (int64_t member = 0; member < group_; ++member) {
+        const Query* query =
+            from + (task.head * group_ + member) * call_.query_head_stride +
+            (call_.row_starts[task.sequence] + task.first_row + row) * call_.query_row_stride;
+        for (int64_t dim = 0; dim < call_.head_dim; dim += kLanes, queries += kLanes)
+          store(queries, load_floats(query + dim) * call_.scaling);
+      }
+  }
+
+  void attend_tile(const Task& task, int64_t tile, const Rows<Cache>& own, const Rows<Cache>& next,
+                   const float* queries, float* partial) {
+    const int64_t dims = call_.head_dim, rows = task.num_rows * group_;
+    float* packed = scratch.keys.reserve(dims * kTile);
+    float* widened = scratch.values.reserve(dims * kTile);
+    float* scores = scratch.scores.reserve(rows * kTile);
+    Prefetch<Cache> next_keys(next.keys, dims), next_values(next.values, dims);
+    pack_keys(own.keys, dims, packed, next_keys);
+    by_row_blocks(rows, [&]<int n>(int64_t row) {
+      score_rows<n>(queries + row * dims, packed, dims, scores + row * kTile, next_keys);
+    });
+    finish_scores(task, tile, scores);
+    for (int64_t row = 0; row < rows; ++row) weigh(scores + row * kTile, partial + row * stride_);
+    widen_values(own.values, dims, widened, next_values);
+    by_row_blocks(rows, [&]<int n>(int64_t row) {
+      add_all_values<n>(scores + row * kTile, widened, dims, stride_, partial + row * stride_,
+                        next_values);
+    });
+  }
+
+  void find_rows(const Task& task, int64_t tile, Rows<Cache>& rows) const {
+    const int64_t* table = call_.tables + call_.table_starts[task.sequence];
+    const int64_t size = call_.block_size, head = task.head * call_.kv_head_stride;
+    int64_t block = tile / size, offset = tile % size;
+    for (int64_t i = 0; i < kTile; ++i) {
+      const int64_t at = head + (table[block] * size + offset) * call_.head_dim;
+      rows.keys[i] = static_cast<const Cache*>(call_.keys) + at;
+      rows.values[i] = static_cast<const Cache*>(call_.values) + at;
+      if (tile + i + 1 < task.end && ++offset == size) {
+        ++block;
+        offset = 0;
+      }
+    }
+  }
+
+  // Soft cap, mask, causality and window, in place.
+  void finish_scores(const Task& task, int64_t tile, float* scores) {
+    const int64_t context = call_.context_lens[task.sequence];
+    for (int64_t folded = 0; folded < task.num_rows * group_; ++folded, scores += kTile) {
+      if (call_.softcap > 0)
+        for (int64_t i = 0; i < kTile; ++i)
+          scores[i] = call_.softcap * std::tanh(scores[i] / call_.softcap);
+      const int64_t row = task.first_row + folded / group_;
+      int64_t first = task.begin, stop = task.end;
+      if (call_.mask) {
+        const Cache* mask = static_cast<const Cache*>(call_.mask) + task.sequence * context;
+        int64_t i = 0;
+        for (; i + kLanes <= std::min(kTile, stop - tile); i += kLanes)
+          store(scores + i, load<Floats>(scores + i) + load_floats(mask + tile + i));
+        for (; i < std::min(kTile, stop - tile); ++i) scores[i] += to_float(mask[tile + i]);
+      } else {
+        stop = std::min(stop, context + row + 1);
+        if (call_.window) first = std::max(first, context + row + 1 - call_.window);
+      }
+      for (int64_t i = 0; i < std::min(kTile, first - tile); ++i) scores[i] = -kInfinity;
+      for (int64_t i = std::max(stop - tile, int64_t{0}); i < kTile; ++i) scores[i] = -kInfinity;
+    }
+  }
+
+  // Turns a tile's scores into weights relative to the row's maximum so far.
+  void weigh(float* scores, float* partial) const {
+    const int64_t dims = call_.head_dim;
+    Floats top = load<Floats>(scores);
+    for (int i = 1; i < kVectors; ++i) top = larger(top, load<Floats>(scores + i * kLanes));
+    const float before = partial[dims], now = std::max(before, largest(top));
+    if (now == -kInfinity) {  // nothing is visible yet
+      std::fill_n(scores, kTile, 0.0f);
+      return;
+    }
+    Floats total = {};
+    for (int i = 0; i < kVectors; ++i) {
+      const Floats weight = exp_of_negative(load<Floats>(scores + i * kLanes) - now);
+      store(scores + i * kLanes, weight);
+      total += weight;
+    }
+    if (now > before) {
+      const float fade = std::exp(before - now);
+      for (int64_t dim = 0; dim < dims; dim += kLanes)
+        store(partial + dim, load<Floats>(partial + dim) * fade);
+      partial[dims + 1] *= fade;
+      partial[dims] = now;
+    }
+    partial[dims + 1] += sum(total);
+  }
+
+  void merge(const Group& group) {
+    const Task& task = tasks_[group.first];
+    const int64_t dims = call_.head_dim;
+    float* shares = scratch.scores.reserve(group.last - group.first);
+    for (int64_t folded = 0; folded < task.num_rows * group_; ++folded) {
+      float top = -kInfinity, total = 0.0f;
+      for (int64_t i = group.first; i < group.last; ++i) top = std::max(top, part(i, folded)[dims]);
+      for (int64_t i = group.first; i < group.last; ++i) {
+        shares[i - group.first] = std::exp(part(i, folded)[dims] - top);
+        total += shares[i - group.first] * part(i, folded)[dims + 1];
+      }
+      const int64_t row = task.first_row + folded / group_, member = folded % group_;
+      Query* output = static_cast<Query*>(call_.output) +
+                      (task.head * group_ + member) * call_.output_head_stride +
+                      (call_.row_starts[task.sequence] + row) * call_.output_row_stride;
+      for (int64_t dim = 0; dim < dims; dim += kLanes) {
+        Floats value = {};
+        for (int64_t i = group.first; i < group.last; ++i)
+          value += load<Floats>(part(i, folded) + dim) * shares[i - group.first];
+        store_floats(output + dim, value / total);
+      }
+    }
+  }
+
+  const float* part(int64_t task, int64_t folded) const {
+    return partials_ + tasks_[task].partial + folded * stride_;
+  }
+
+  const AttentionCall& call_;
+  const int64_t group_, stride_;
+  std::vector<Task> tasks_;
+  std::vector<Group> groups_;
+  float* partials_ = nullptr;
+  int64_t num_partials_ = 0;
+};
+
+}  // namespace
+
+extern "C" {
+
+void attend_float32(const AttentionCall* call) { Attention<float, float>(*call).run(); }
+
+void attend_bfloat16(const AttentionCall* call) { Attention<BFloat16, BFloat16>(*call).run(); }
+
+// fp32 rows over bfloat16 pages: where the modules compute wider than the cache.
+void attend_mixed(const AttentionCall* call) { Attention<float, BFloat16>(*call).run(); }
+
+}  // extern "C"

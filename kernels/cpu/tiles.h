@@ -1,0 +1,158 @@
+// The arithmetic of one tile: kTile keys of a KV head against rows of its group.
+//
+//   packed keys     [head_dim, kTile]     so that a vector holds one dim of several keys
+//   scores          [num_rows, kTile]
+//   widened values  [kTile, head_dim]
+//   sums            [num_rows, head_dim]  weighted values
+#pragma once
+
+#include "vectors.h"
+
+constexpr int64_t kTile = 64;  // keys whose scores are worked out together
+constexpr int kVectors = kTile / kLanes;
+constexpr int kRowBlock = 6;  // rows whose sums stay in registers
+
+// Where the keys and values of a tile lie; beyond the sequence, those of its last key.
+template <typename Cache>
+struct Rows {
+  const Cache* keys[kTile];
+  const Cache* values[kTile];
+};
+
+// The next tile comes from memory while this one is worked on: a line at a time throughout, since
+// a burst would fill the core's line buffers and be waited for.
+template <typename Cache>
+class Prefetch {
+ public:
+  Prefetch(const Cache* const rows[kTile], int64_t head_dim)
+      : rows_(rows), num_lines_(kTile * (head_dim * sizeof(Cache) / kLine)) {}
+
+  void advance() {
+    if (line_ >= num_lines_) return;
+    __builtin_prefetch(rows_[line_ % kTile] + line_ / kTile * (kLine / sizeof(Cache)), 0, 2);
+    ++line_;
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;  // bytes
+  const Cache* const* rows_;
+  const int64_t num_lines_;
+  int64_t line_ = 0;
+};
+
+// Keys side by side, [head_dim, kTile].
+template <typename Cache>
+void pack_keys(const Cache* const rows[kTile], int64_t head_dim, float* packed,
+               Prefetch<Cache>& prefetch) {
+  for (int64_t key = 0; key < kTile; key += kLanes) {
+    int64_t dim = 0;
+    Words block[kLanes];
+    if constexpr (sizeof(Cache) == 2) {
+      for (; dim + 2 * kLanes <= head_dim; dim += 2 * kLanes) {  // two dims a word
+        for (int i = 0; i < kLanes; ++i) {
+          block[i] = load<Words>(rows[key + i] + dim);
+          if (i % 2) prefetch.advance();
+        }
+        transpose(block);
+        for (int i = 0; i < kLanes; ++i) {
+          store(packed + (dim + 2 * i) * kTile + key, block[i] << 16);
+          store(packed + (dim + 2 * i + 1) * kTile + key, block[i] & 0xFFFF0000u);
+        }
+      }
+    }
+    for (; dim < head_dim; dim += kLanes) {
+      for (int i = 0; i < kLanes; ++i) {
+        const Floats row = load_floats(rows[key + i] + dim);
+        block[i] = reinterpret_cast<const Words&>(row);
+        if (i % 2) prefetch.advance();
+      }
+      transpose(block);
+      for (int i = 0; i < kLanes; ++i) store(packed + (dim + i) * kTile + key, block[i]);
+    }
+  }
+}
+
+// [kTile, head_dim]
+template <typename Cache>
+void widen_values(const Cache* const rows[kTile], int64_t head_dim, float* widened,
+                  Prefetch<Cache>& prefetch) {
+  for (int64_t key = 0; key < kTile; ++key) {
+    for (int64_t dim = 0; dim < head_dim; dim += kLanes)
+      store(widened + key * head_dim + dim, load_floats(rows[key] + dim));
+    prefetch.advance();
+  }
+}
+
+// scores[r] = queries[r] . keys, rows one after the other.
+template <int kRows, typename Cache>
+void score_rows(const float* queries, const float* keys, int64_t head_dim, float* scores,
+                Prefetch<Cache>& prefetch) {
+  Floats sums[kRows][kVectors] = {};
+  for (int64_t dim = 0; dim < head_dim; ++dim) {
+    Floats key[kVectors];
+#pragma GCC unroll 16
+    for (int i = 0; i < kVectors; ++i) key[i] = load<Floats>(keys + dim * kTile + i * kLanes);
+#pragma GCC unroll 16
+    for (int row = 0; row < kRows; ++row) {
+      const Floats query = splat(queries[row * head_dim + dim]);
+#pragma GCC unroll 16
+      for (int i = 0; i < kVectors; ++i) sums[row][i] += query * key[i];
+    }
+    prefetch.advance();
+  }
+#pragma GCC unroll 16
+  for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 16
+    for (int i = 0; i < kVectors; ++i) store(scores + row * kTile + i * kLanes, sums[row][i]);
+}
+
+// sums[r] += weights[r] . values, over kWidth vectors of the head's dims.
+template <int kRows, int kWidth, typename Cache>
+void add_values(const float* weights, const float* values, int64_t head_dim, int64_t stride,
+                float* sums, Prefetch<Cache>& prefetch) {
+  Floats total[kRows][kWidth];
+#pragma GCC unroll 16
+  for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) total[row][i] = load<Floats>(sums + row * stride + i * kLanes);
+  for (int64_t key = 0; key < kTile; ++key) {
+    Floats value[kWidth];
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) value[i] = load<Floats>(values + key * head_dim + i * kLanes);
+#pragma GCC unroll 16
+    for (int row = 0; row < kRows; ++row) {
+      const Floats weight = splat(weights[row * kTile + key]);
+#pragma GCC unroll 16
+      for (int i = 0; i < kWidth; ++i) total[row][i] += weight * value[i];
+    }
+    prefetch.advance();
+  }
+#pragma GCC unroll 16
+  for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) store(sums + row * stride + i * kLanes, total[row][i]);
+}
+
+template <int kRows, typename Cache>
+void add_all_values(const float* weights, const float* values, int64_t head_dim, int64_t stride,
+                    float* sums, Prefetch<Cache>& prefetch) {
+  int64_t dim = 0;
+  for (; dim + 4 * kLanes <= head_dim; dim += 4 * kLanes)
+    add_values<kRows, 4>(weights, values + dim, head_dim, stride, sums + dim, prefetch);
+  for (; dim < head_dim; dim += kLanes)
+    add_values<kRows, 1>(weights, values + dim, head_dim, stride, sums + dim, prefetch);
+}
+
+// Calls work.template operator()<n>(row) over all rows, n at a time.
+template <typename Work>
+void by_row_blocks(int64_t num_rows, Work work) {
+  int64_t row = 0;
+  for (; row + kRowBlock <= num_rows; row += kRowBlock) work.template operator()<kRowBlock>(row);
+  switch (num_rows - row) {
+    case 5: work.template operator()<5>(row); break;
+    case 4: work.template operator()<4>(row); break;
+    case 3: work.template operator()<3>(row); break;
+    case 2: work.template operator()<2>(row); break;
+    case 1: work.template operator()<1>(row); break;
+  }
+}

@@ -1,0 +1,142 @@
+// Vectors of floats as wide as the machine has them, in GCC's and Clang's portable notation.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <utility>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#ifdef __AVX512F__
+constexpr int kLanes = 16;
+#else
+constexpr int kLanes = 8;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <typename Vector>
+inline Vector load(const void* from) {
+  Vector vector;
+  std::memcpy(&vector, from, sizeof(vector));
+  return vector;
+}
+
+template <typename Vector>
+inline void store(void* to, Vector vector) {
+  std::memcpy(to, &vector, sizeof(vector));
+}
+
+// Less zero, which compilers leave out; plus zero they do not, for -0 would become 0.
+inline Floats splat(float value) { return value - Floats{}; }
+
+inline Floats as_floats(Words words) { return reinterpret_cast<Floats>(words); }
+
+inline Floats load_floats(const float* from) { return load<Floats>(from); }
+
+// Compilers make five instructions of __builtin_convertvector here where the machine has one.
+inline Words widen(Halves halves) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Words>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(halves)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Words>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(halves)));
+#else
+  return __builtin_convertvector(halves, Words);
+#endif
+}
+
+// A bfloat16 is the upper half of the float of the same value.
+inline Floats load_floats(const BFloat16* from) {
+  return as_floats(widen(load<Halves>(from)) << 16);
+}
+
+inline float to_float(float value) { return value; }
+
+inline float to_float(BFloat16 value) {
+  const uint32_t bits = uint32_t{value.bits} << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+
+inline void store_floats(float* to, Floats vector) { store(to, vector); }
+
+// To the nearest, ties to even; NaN stays NaN.
+inline void store_floats(BFloat16* to, Floats vector) {
+  const Words words = reinterpret_cast<const Words&>(vector);
+  const Words rounded = words + 0x7FFF + ((words >> 16) & 1);
+  const Words nan = reinterpret_cast<const Words&>(static_cast<const Ints&>(vector != vector));
+  const Words upper = ((rounded & ~nan) | ((words | 0x400000) & nan)) >> 16;
+  store(to, __builtin_convertvector(upper, Halves));
+}
+
+inline Floats select(Ints condition, Floats yes, Floats no) { return condition ? yes : no; }
+
+inline Floats larger(Floats a, Floats b) { return select(a > b, a, b); }
+
+inline float largest(Floats vector) {
+  float value = vector[0];
+  for (int lane = 1; lane < kLanes; ++lane) value = std::fmax(value, vector[lane]);
+  return value;
+}
+
+inline float sum(Floats vector) {
+  float lanes[kLanes];
+  store(lanes, vector);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+  return lanes[0];
+}
+
+// e^x for x <= 0, within 2 ulp; 0 below -87.
+inline Floats exp_of_negative(Floats x) {
+  const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Floats shifted = x * 1.44269504f + magic;
+  const Floats n = shifted - magic;
+  const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Floats p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const Ints exponent = (reinterpret_cast<const Ints&>(shifted) << 23) +
+                        reinterpret_cast<const Ints&>(p);
+  return select(x > -87.0f, reinterpret_cast<const Floats&>(exponent), Floats{});
+}
+
+// Lane by lane of two vectors: where blocks of `width` lanes change places with their neighbours.
+template <int width, int... lanes>
+inline void exchange(Words& a, Words& b, std::integer_sequence<int, lanes...>) {
+  constexpr Ints lower = {(lanes & width ? kLanes + lanes - width : lanes)...};
+  constexpr Ints upper = {(lanes & width ? kLanes + lanes : lanes + width)...};
+  const Words first = a, second = b;
+  a = __builtin_shuffle(first, second, lower);
+  b = __builtin_shuffle(first, second, upper);
+}
+
+// rows[i][j] becomes rows[j][i], in log2(kLanes) rounds.
+template <int width = 1>
+inline void transpose(Words rows[kLanes]) {
+  if constexpr (width < kLanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i)
+      if (!(i & width))
+        exchange<width>(rows[i], rows[i + width], std::make_integer_sequence<int, kLanes>{});
+    transpose<2 * width>(rows);
+  }
+}
