@@ -17,8 +17,9 @@ from ray.util import get_node_ip_address
 from magicdec.batch import StepResult
 from magicdec.cluster.placement import Rendezvous
 from magicdec.cluster.preflight import preflight
+from magicdec.compute_dtype import compute_dtype
 from magicdec.config import EngineConfig
-from magicdec.model_loader import compute_dtype, describe_model, resolve_checkpoint
+from magicdec.model_loader import describe_model, resolve_checkpoint
 from magicdec.profiling.device_rates import RankDevice
 from magicdec.runner import ModelRunner
 

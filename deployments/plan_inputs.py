@@ -12,9 +12,9 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
+from magicdec.compute_dtype import compute_dtype, weight_element_bytes
 from magicdec.config import DTYPES, ConfigError
 from magicdec.deployments.embedded_model import resolve_model
-from magicdec.model_loader import compute_dtype, weight_element_bytes
 from magicdec.planning.devices import MEMORY_USABLE, PlanDevice, known_device
 from magicdec.planning.memory import PlanModel
 from magicdec.profiling.device_rates import measure_device

@@ -45,7 +45,9 @@ class PackedLinear(nn.Module):
         self._function = library.linear
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """[..., num_inputs] -> [..., num_outputs], fp32."""
+        """[..., num_inputs] -> [..., num_outputs], fp32. Raises TypeError for rows that are not."""
+        if rows.dtype is not torch.float32:
+            raise TypeError(f"rows of a packed linear must be float32, got {rows.dtype}")
         rows = rows.contiguous()
         output = rows.new_empty(*rows.shape[:-1], self.out_features)
         call = LinearCall(

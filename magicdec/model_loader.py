@@ -4,8 +4,6 @@ No model is written by hand: any decoder that dispatches through transformers' A
 works, and one that does not is refused at load.
 """
 
-import ctypes
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -27,12 +25,10 @@ from magicdec.attention import (
     UnsupportedModel,
     register_attention,
 )
+from magicdec.compute_dtype import compute_dtype, packing_library
 from magicdec.config import ConfigError, EngineConfig, ModelConfig
-from magicdec.kernels.compiled import compiled_library
 from magicdec.kernels.cpu_linear import PackedLinear, pack_linears
 from magicdec.kv_cache import LayerSpec
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,38 +182,6 @@ def _refuse_another_vocabulary(target: str, draft: str) -> None:
         f"differ, first {first!r} (id {words.get(first)} in the target, {others.get(first)} in the "
         "draft)"
     )
-
-
-def compute_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """What the linears run in: the configured dtype, or fp32 where the CPU lacks its arithmetic.
-
-    Emulated bf16 products take five times as long as fp32 ones; the KV cache, which long contexts
-    are bound by, stays in the configured dtype, and so do linears that are packed.
-    """
-    wanted = cast(torch.dtype, getattr(torch, dtype))
-    units = {"bfloat16": ("amx_bf16", "avx512_bf16"), "float16": ("amx_fp16", "avx512_fp16")}
-    if device.type != "cpu" or dtype not in units:
-        return wanted
-    capabilities = torch.cpu.get_capabilities()
-    if any(capabilities.get(unit, False) for unit in units[dtype]):
-        return wanted
-    logger.info("no %s arithmetic on this CPU: linears run in float32, KV stays %s", dtype, dtype)
-    return torch.float32
-
-
-def weight_element_bytes(dtype: str, device: torch.device) -> int:
-    """Of the linears of a model that is loaded so, as a forward reads them."""
-    packed = packing_library(dtype, device) is not None
-    return (torch.bfloat16 if packed else compute_dtype(dtype, device)).itemsize
-
-
-def packing_library(dtype: str, device: torch.device) -> ctypes.CDLL | None:
-    """What multiplies fp32 rows with bf16 weights, where that is how a model is computed.
-
-    None: torch's linears serve, in fp32 where nothing can be compiled.
-    """
-    narrow = dtype == "bfloat16" and compute_dtype(dtype, device) is torch.float32
-    return compiled_library() if narrow else None
 
 
 @torch.inference_mode()

@@ -11,6 +11,7 @@ from magicdec.control.request_lengths import Candidate
 from magicdec.control.round_forecast import Forecast
 
 _MAX_SAVED_ROUNDS = 4.0  # credit beyond so many rounds lapses: no burst after a quiet day
+_LAPSE = 0.9  # of it is left a round later: long rounds do not pay for trials in short ones
 _LEAST_LOSS = 0.01  # of a plain round: what looks free is charged that
 _FREE = 0.2  # of a plain round: losses well below it do not make a trial worth more
 _FOR_NEW = 0.5  # of the income is kept for requests that plain decoding has shown nothing of
@@ -85,7 +86,7 @@ class ExplorationAccount:
         self.seconds += seconds
         for are_new, share in ((True, _FOR_NEW), (False, 1.0 - _FOR_NEW)):
             credit = self._credit[are_new]
-            limit = max(_MAX_SAVED_ROUNDS * seconds, credit)
+            limit = max(_MAX_SAVED_ROUNDS * seconds, _LAPSE * credit)
             self._credit[are_new] = min(credit + share * self._income * seconds, limit)
 
     def charge(self, loss: float, *, are_new: bool) -> None:

@@ -177,6 +177,8 @@ def test_linears_are_packed_wherever_they_are_but_for_odd_ones() -> None:
     assert kinds == [PackedLinear, PackedLinear, nn.ReLU, nn.Linear]
     with pytest.raises(ValueError, match="num_inputs must be even, got 7"):
         PackedLinear(nn.Linear(7, 2), LIBRARY)
+    with pytest.raises(TypeError, match="must be float32, got torch"):
+        PackedLinear(nn.Linear(8, 2), LIBRARY)(torch.zeros(1, 8).bfloat16())
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])

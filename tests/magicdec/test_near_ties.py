@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from magicdec.config import EngineConfig
 from magicdec.deployments.embedded_model import EMBEDDED_MODEL_NAME, resolve_model
 from magicdec.engine import Engine
 from magicdec.executor import LocalExecutor
-from magicdec.model_loader import describe_model, load_model, load_tokenizer, read_model_facts
+from magicdec.model_loader import describe_model, load_tokenizer, read_model_facts
 from magicdec.runner import ModelRunner
 from magicdec.sampler import Sampler, SamplerRow
 from magicdec.types import Request, SamplingParams
@@ -44,9 +45,10 @@ class Bf16Executor(LocalExecutor):
     """Linears in bf16 too, on CPUs where the loader would keep them in fp32."""
 
     def __init__(self, config: EngineConfig) -> None:
-        cpu = torch.device("cpu")
-        loaded = load_model(config.model, cpu)
-        narrow = describe_model(loaded.module.to(torch.bfloat16), "bfloat16")
+        module = AutoModelForCausalLM.from_pretrained(
+            config.model.path, dtype=torch.bfloat16, attn_implementation="eager"
+        )
+        narrow = describe_model(module, "bfloat16")
         self._runner = ModelRunner(narrow, config)
         self._runner.allocate_cache(self._runner.num_affordable_blocks())
 
