@@ -10,22 +10,25 @@ from numpy.typing import NDArray
 
 from magicdec.kernels import paged_attention, reference
 from magicdec.kernels.paged_layout import PagedLayout
+from magicdec.kernels.sparse_attention import CopiedView, DraftView
 
 _LANES = 16  # of the widest vectors: a head's dims must be a multiple
 _MAX_ROWS = 32  # of a sequence: torch's kernel is made for longer chunks of a prompt
 _INT, _FLOAT, _POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
 _Arrays = tuple[NDArray[np.int64], ...]
+_Functions = dict[tuple[torch.dtype, torch.dtype], Callable[[object], None]]  # of rows and pages
 
 
 class AttentionCall(ctypes.Structure):
-    """As in paged_attention.cpp."""
+    """As in calls.h."""
 
     _fields_ = (
         *((name, _POINTER) for name in ("query", "output", "keys", "values", "mask")),
         *((name, _POINTER) for name in ("row_starts", "query_lens", "context_lens")),
         *((name, _POINTER) for name in ("tables", "table_starts")),
-        *((name, _INT) for name in ("num_sequences", "block_size")),
+        *((name, _POINTER) for name in ("slots", "own_keys", "own_values")),
+        *((name, _INT) for name in ("num_sequences", "block_size", "num_listed", "num_own")),
         *((name, _INT) for name in ("query_head_stride", "query_row_stride")),
         *((name, _INT) for name in ("output_head_stride", "output_row_stride", "kv_head_stride")),
         *((name, _INT) for name in ("num_query_heads", "num_kv_heads", "head_dim", "window")),
@@ -43,7 +46,7 @@ class CpuAttention:
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._functions: dict[tuple[torch.dtype, torch.dtype], Callable[[object], None]] = {
+        self._functions: _Functions = {
             (torch.float32, torch.float32): library.attend_float32,
             (torch.bfloat16, torch.bfloat16): library.attend_bfloat16,
             (torch.float32, torch.bfloat16): library.attend_mixed,
@@ -81,45 +84,84 @@ class CpuAttention:
             )
         return output
 
-    def gathered(
+    def view(
         self,
-        query: torch.Tensor,  # [num_query_heads, batch, head_dim]
-        k_view: torch.Tensor,  # [num_kv_heads, batch, num_keys, head_dim], contiguous
-        v_view: torch.Tensor,
-        mask: torch.Tensor,  # additive, k_view.dtype, [batch, num_keys]
-        scaling: float,
-        softcap: float | None = None,
-    ) -> torch.Tensor:
-        """See reference.gathered_attention."""
-        function = self._function(query, k_view)
-        if function is None:
-            return reference.gathered_attention(query, k_view, v_view, mask, scaling, softcap)
-        output = _like_rows(query)
-        _, batch, num_keys, _ = k_view.shape
-        ones, num_context, indices = _one_block_each(batch, num_keys)
-        call = _call(query, k_view, v_view, output, scaling, softcap)
-        call.row_starts, call.query_lens = indices.ctypes.data, ones.ctypes.data
-        call.context_lens, call.tables = num_context.ctypes.data, indices.ctypes.data
-        call.table_starts, call.num_sequences = indices.ctypes.data, batch
-        call.block_size, call.mask = num_keys, mask.data_ptr()
-        function(ctypes.byref(call))
-        return output
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        slots: torch.Tensor,
+        num_own: int,
+    ) -> DraftView:
+        """See sparse_attention.MakeView."""
+        if not _is_known(k_cache):
+            return CopiedView(reference.gathered_attention, k_cache, v_cache, slots, num_own)
+        return _ListedView(self._functions, k_cache, v_cache, slots, num_own)
 
     def _function(self, query: torch.Tensor, keys: torch.Tensor) -> Callable[[object], None] | None:
         """None: the kernel does not know such tensors."""
-        if keys.shape[0] == 0 or keys.shape[-1] % _LANES or query.stride(2) != 1:
+        if not _is_known(keys) or query.stride(2) != 1:
             return None
         return self._functions.get((query.dtype, keys.dtype))
 
 
+class _ListedView:
+    """Nothing is copied: a draft step reads the listed slots where they are."""
+
+    def __init__(
+        self,
+        functions: _Functions,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        slots: torch.Tensor,
+        num_own: int,
+    ) -> None:
+        num_kv_heads, batch, num_listed = slots.shape
+        self._functions = functions
+        self._k_cache, self._v_cache = k_cache, v_cache
+        self._slots = slots.contiguous()
+        # Zeros, since a column that the mask hides is read all the same.
+        shape = (2, num_kv_heads, batch, num_own, k_cache.shape[2])
+        self._own_keys, self._own_values = k_cache.new_zeros(shape)
+        self._indices, self._ones, self._num_keys = _one_row_each(batch, num_listed + num_own)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        step: int,
+        mask: torch.Tensor,
+        scaling: float,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        """See DraftView."""
+        self._own_keys[:, :, step] = key
+        self._own_values[:, :, step] = value
+        query = query if query.stride(2) == 1 else query.contiguous()
+        output = _like_rows(query)
+        call = _call(query, self._k_cache, self._v_cache, output, scaling, softcap)
+        call.row_starts, call.query_lens = self._indices.ctypes.data, self._ones.ctypes.data
+        call.context_lens, call.num_sequences = self._num_keys.ctypes.data, len(self._ones)
+        call.slots, call.num_listed = self._slots.data_ptr(), self._slots.shape[2]
+        call.own_keys, call.own_values = self._own_keys.data_ptr(), self._own_values.data_ptr()
+        call.num_own, call.mask = self._own_keys.shape[2], mask.data_ptr()
+        self._functions[query.dtype, self._k_cache.dtype](ctypes.byref(call))
+        return output
+
+
 @lru_cache(maxsize=64)
-def _one_block_each(batch: int, num_keys: int) -> _Arrays:
-    """A view as pages: sequence i's keys are block i."""
+def _one_row_each(batch: int, num_keys: int) -> _Arrays:
+    """Row starts, rows and keys of sequences that have one row and a view each."""
     return (
+        np.arange(batch, dtype=np.int64),
         np.ones(batch, dtype=np.int64),
         np.full(batch, num_keys, dtype=np.int64),
-        np.arange(batch, dtype=np.int64),
     )
+
+
+def _is_known(cache: torch.Tensor) -> bool:
+    num_kv_heads, _, head_dim = cache.shape
+    narrow_enough = cache.dtype in (torch.float32, torch.bfloat16)
+    return num_kv_heads > 0 and head_dim % _LANES == 0 and narrow_enough
 
 
 def _like_rows(query: torch.Tensor) -> torch.Tensor:

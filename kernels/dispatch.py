@@ -1,8 +1,9 @@
-"""Which attention runs: decided once by a capability probe, and said in the log."""
+"""Which kernels run: decided once by a capability probe, and said in the log."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -11,7 +12,10 @@ import torch
 from magicdec.kernels import paged_attention, reference, sparse_attention
 from magicdec.kernels.compiled import compiled_library
 from magicdec.kernels.cpu_attention import CpuAttention
+from magicdec.kernels.cpu_gumbel import CpuGumbelArgmax
+from magicdec.kernels.gumbel import Draw, gumbel_argmax
 from magicdec.kernels.paged_layout import PagedLayout
+from magicdec.kernels.sparse_attention import CopiedView, MakeView
 
 logger = logging.getLogger(__name__)
 
@@ -31,16 +35,20 @@ class PagedAttentionKernel(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class AttentionBackend:
-    """The two attentions of a round: over pages, and over the draft's gathered view."""
+    """The two attentions of a round: over pages, and over the draft's view of them."""
 
     name: str
     paged: PagedAttentionKernel
-    gathered: Callable[..., torch.Tensor]
+    view: MakeView
 
 
-REFERENCE = AttentionBackend("reference", reference.paged_attention, reference.gathered_attention)
+REFERENCE = AttentionBackend(
+    "reference", reference.paged_attention, partial(CopiedView, reference.gathered_attention)
+)
 TORCH_FLASH_CPU = AttentionBackend(
-    "torch-flash-cpu", paged_attention.paged_attention, sparse_attention.gathered_attention
+    "torch-flash-cpu",
+    paged_attention.paged_attention,
+    partial(CopiedView, sparse_attention.gathered_attention),
 )
 
 
@@ -57,13 +65,21 @@ def select_backend(device: torch.device, dtype: torch.dtype) -> AttentionBackend
     return REFERENCE
 
 
+def select_gumbel_argmax(
+    device: torch.device,
+) -> Callable[[torch.Tensor, Sequence[Draw | None]], list[int]]:
+    """Which code chooses tokens; the choice is the same by either."""
+    library = compiled_library() if device.type == "cpu" else None
+    return gumbel_argmax if library is None else CpuGumbelArgmax(library)
+
+
 def _compiled() -> list[AttentionBackend]:
     """Empty where nothing can be compiled."""
     library = compiled_library()
     if library is None:
         return []
     attention = CpuAttention(library)
-    return [AttentionBackend("compiled-cpu", attention.paged, attention.gathered)]
+    return [AttentionBackend("compiled-cpu", attention.paged, attention.view)]
 
 
 def _probe(backend: AttentionBackend, dtype: torch.dtype) -> float:

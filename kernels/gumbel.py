@@ -5,10 +5,17 @@ whatever step, batch or replica asks for it. Rejection sampling needs the opposi
 nothing of each other at one position, which is what roles are for.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+
+# Noise lies in [-3.2, 22.9]: an entry further than that spread below the top cannot win.
+_NOISE_SPREAD = 26.2
 
 
 class Role(IntEnum):
@@ -22,6 +29,19 @@ class Role(IntEnum):
     PROPOSE = 1
     ACCEPT = 2
     RECOVER = 3  # recovered and bonus tokens: a position has one or the other
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What the noise of one row is a function of."""
+
+    seed: int
+    position: int
+    role: Role = Role.SHARED
+    step: int = 0
+
+    def words(self, num_words: int) -> NDArray[np.uint32]:
+        return random_words(self.seed, self.position, num_words, self.role, self.step)
 
 
 def random_words(
@@ -48,3 +68,26 @@ def uniforms(words: NDArray[np.uint32]) -> NDArray[np.float64]:
 def gumbel_noise(words: NDArray[np.uint32]) -> NDArray[np.float64]:
     """-log(-log(u)) of the words' uniforms, so within [-3.2, 22.9] and never infinite."""
     return np.asarray(-np.log(-np.log(uniforms(words))))
+
+
+def perturbed_argmax(scores: NDArray[np.floating[Any]], draw: Draw) -> int:
+    """One draw from the law exp(scores), [num_entries], up to a constant; never an entry at -inf.
+
+    Raises ValueError for scores that hold a NaN.
+    """
+    candidates = np.flatnonzero(scores >= scores.max() - _NOISE_SPREAD)
+    words = draw.words(len(scores))[candidates]
+    perturbed = scores[candidates].astype(np.float64) + gumbel_noise(words)
+    return int(candidates[np.argmax(perturbed)])
+
+
+def gumbel_argmax(
+    scores: torch.Tensor,  # [num_rows, num_entries], any float dtype
+    draws: Sequence[Draw | None],  # a row; None: its largest score, the first of equals
+) -> list[int]:
+    """One entry a row. Raises ValueError for a row to draw from that holds a NaN."""
+    chosen: list[int] = scores.argmax(dim=-1).tolist()
+    for i, draw in enumerate(draws):
+        if draw is not None:
+            chosen[i] = perturbed_argmax(scores[i].float().cpu().numpy(), draw)
+    return chosen

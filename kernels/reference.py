@@ -126,6 +126,34 @@ def select_top(
     return torch.tensor(chosen, dtype=torch.long).reshape(len(chosen), width)
 
 
+def rms_norm(rows: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """rows: [..., num_dims] (arXiv 1910.07467)."""
+    scale = torch.rsqrt(rows.double().pow(2).mean(-1, keepdim=True) + epsilon)
+    return (weight.double() * rows.double() * scale).to(rows.dtype)
+
+
+def rotate(
+    rows: torch.Tensor,  # [num_rows, heads and more]
+    cos: torch.Tensor,  # [num_rows, head_dim]
+    sin: torch.Tensor,
+    num_heads: int,
+) -> torch.Tensor:
+    """Rotary embedding (arXiv 2104.09864) of the first num_heads heads of every row, each turned
+    by halves as transformers has it."""
+    num_rows, head_dim = cos.shape
+    size = num_heads * head_dim
+    heads = rows[:, :size].view(num_rows, num_heads, head_dim)
+    first, second = heads.chunk(2, dim=-1)
+    turned = heads * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+    return torch.cat([turned.flatten(1), rows[:, size:]], dim=1)
+
+
+def silu_product(rows: torch.Tensor) -> torch.Tensor:
+    """rows: [..., 2 * num_dims], gates first. Returns silu(gates) times the rest."""
+    gates, rest = rows.double().chunk(2, dim=-1)
+    return (gates * torch.sigmoid(gates) * rest).to(rows.dtype)
+
+
 def random_words(
     seed: int, position: int, num_words: int, role: int = 0, step: int = 0
 ) -> NDArray[np.uint32]:

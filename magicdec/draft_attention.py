@@ -1,4 +1,4 @@
-"""The attention of draft steps: one row a sequence over a compact copy of its view."""
+"""The attention of draft steps: one row a sequence over its view of the pages."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from magicdec.config import SelectionConfig
 from magicdec.kernels.dispatch import AttentionBackend
 from magicdec.kernels.paged_layout import PagedLayout
-from magicdec.kernels.sparse_attention import gather_view
+from magicdec.kernels.sparse_attention import DraftView
 from magicdec.kv_cache import PagedKVCache
 from magicdec.sparse_kv import Selection, layer_budget, select_streaming
 
@@ -26,17 +26,17 @@ class _Window:
     """
 
     positions: torch.Tensor  # [batch, num_columns]
-    slots: torch.Tensor  # [batch, num_columns]
+    slots: torch.Tensor  # [batch, num_shared]
     num_selected: tuple[int, ...]  # columns that each sequence's selection may add
     sliding_window: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class _View:
-    """One layer's K/V: selected columns, then those of its _Window."""
+    """One layer's columns: selected ones, then those of its _Window."""
 
-    k: torch.Tensor  # [num_kv_heads, batch, num_columns, head_dim]
-    v: torch.Tensor
+    slots: torch.Tensor  # [num_kv_heads, batch, num_columns - draft_length]
+    kernel: DraftView
     num_selected: tuple[int, ...]  # of each sequence, in this layer
     window: _Window
 
@@ -44,8 +44,8 @@ class _View:
 class DraftAttention:
     """The attention context of one round's draft steps.
 
-    The view's K/V are copied once; each draft step appends its own rows to the copy. Nothing is
-    written to the pages: the verify pass computes those K/V again, in full.
+    Each draft step appends its own rows to the view. Nothing is written to the pages: the verify
+    pass computes those K/V again, in full.
     """
 
     def __init__(
@@ -91,15 +91,12 @@ class DraftAttention:
     ) -> torch.Tensor:
         """See AttentionContext."""
         if layer not in self._views:
-            self._views[layer] = self._gather(layer, sliding_window)
+            self._views[layer] = self._view(layer, sliding_window)
         view = self._views[layer]
-        column = view.k.shape[2] - self._draft_length + self._step
-        view.k[:, :, column] = key
-        view.v[:, :, column] = value
         mask = self._mask(view)
-        return self._backend.gathered(query, view.k, view.v, mask, scaling, softcap)
+        return view.kernel.attend(query, key, value, self._step, mask, scaling, softcap)
 
-    def _gather(self, layer: int, sliding_window: int | None) -> _View:
+    def _view(self, layer: int, sliding_window: int | None) -> _View:
         key = (layer < self._config.num_first_layers, sliding_window)
         if key not in self._windows:
             self._windows[key] = self._window(layer, sliding_window)
@@ -119,7 +116,8 @@ class DraftAttention:
                 if own is not None:
                     columns[:, i, : own.shape[1]] = own
             slots = torch.cat([columns, slots], dim=2)
-        return _View(gather_view(k_cache, slots), gather_view(v_cache, slots), counts, window)
+        kernel = self._backend.view(k_cache, v_cache, slots, self._draft_length)
+        return _View(slots, kernel, counts, window)
 
     def _window(self, layer: int, sliding_window: int | None) -> _Window:
         """Sink and recent window of every sequence, and the room that its selection has."""
@@ -145,9 +143,9 @@ class DraftAttention:
         sliding_window: int | None,
     ) -> _Window:
         num_shared = max(len(positions) for positions in shared)
-        shape = (len(shared), num_shared + self._draft_length)
-        positions = np.full(shape, _PADDING, dtype=np.int64)
-        slots = np.zeros(shape, dtype=np.int64)
+        num_columns = num_shared + self._draft_length
+        positions = np.full((len(shared), num_columns), _PADDING, dtype=np.int64)
+        slots = np.zeros((len(shared), num_shared), dtype=np.int64)
         for i, chosen in enumerate(shared):
             table, size = self._layout.block_tables[i], self._layout.block_size
             positions[i, : len(chosen)] = chosen
@@ -170,6 +168,6 @@ class DraftAttention:
             columns = torch.arange(max(view.num_selected), device=self._device)
             counts = torch.tensor(view.num_selected, device=self._device)
             visible = torch.cat([columns < counts[:, None], visible], dim=1)
-            mask = torch.zeros(visible.shape, dtype=view.k.dtype, device=self._device)
+            mask = torch.zeros(visible.shape, dtype=self._cache.k[0].dtype, device=self._device)
             self._masks[key] = mask.masked_fill_(~visible, float("-inf"))
         return self._masks[key]

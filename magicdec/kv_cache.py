@@ -1,5 +1,9 @@
 """The paged K/V tensors of one rank."""
 
+import contextlib
+import math
+import mmap
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -39,8 +43,20 @@ class PagedKVCache:
         self.block_size = block_size
         self.num_blocks = num_blocks
         shapes = [(s.num_kv_heads, num_blocks * block_size, s.head_dim) for s in layers]
-        self.k = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
-        self.v = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+        self.k = [_zeros(shape, dtype, device) for shape in shapes]
+        self.v = [_zeros(shape, dtype, device) for shape in shapes]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """On a CPU in huge pages where the kernel has them: a view's keys lie far apart, and looking up
+    a small page for each takes as long as reading them."""
+    if device.type != "cpu" or 0 in shape:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)  # zeros
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def bytes_per_token(layers: tuple[LayerSpec, ...], dtype: torch.dtype) -> int:

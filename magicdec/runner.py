@@ -11,7 +11,7 @@ from magicdec.config import EngineConfig
 from magicdec.drafters.base import Drafter
 from magicdec.drafters.build import build_drafters, num_blocks_beside_draft
 from magicdec.drafters.draft_model import DraftModel
-from magicdec.kernels.dispatch import select_backend
+from magicdec.kernels.dispatch import select_backend, select_gumbel_argmax
 from magicdec.kernels.paged_layout import PagedLayout
 from magicdec.kv_cache import PagedKVCache
 from magicdec.model_loader import LoadedModel, load_draft_model, load_model, read_model_facts
@@ -30,7 +30,8 @@ class ModelRunner:
     def __init__(self, model: LoadedModel, config: EngineConfig) -> None:
         self._model = model
         self._config = config
-        sampler = Sampler(read_model_facts(config.model.path).eos_token_ids)
+        eos_token_ids = read_model_facts(config.model.path).eos_token_ids
+        sampler = Sampler(eos_token_ids, select_gumbel_argmax(model.device))
         self._rule: VerificationRule = verification_rule(config.speculation.verification, sampler)
         self._backend = select_backend(model.device, model.kv_dtype)
         draft = load_draft_model(config, model.device)

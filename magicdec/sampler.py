@@ -4,7 +4,7 @@ One path for greedy and sampled rows, and for draft and target: the choice at an
 depends on the logits, the request's parameters and its seed, and on nothing of the batch.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 
 from magicdec.batch import ScheduledSequence
-from magicdec.kernels.gumbel import Role, gumbel_noise, random_words, uniforms
+from magicdec.kernels.gumbel import Draw, Role, gumbel_argmax, perturbed_argmax, uniforms
 from magicdec.types import SamplingParams
 
-# Noise lies in [-3.2, 22.9]: an entry further than that spread below the top cannot win.
-_NOISE_SPREAD = 26.2
+GumbelArgmax = Callable[[torch.Tensor, Sequence[Draw | None]], list[int]]
+
 _NUCLEUS_CANDIDATES = 1024  # a nucleus is looked for among these before the whole vocabulary
 
 
@@ -62,44 +62,60 @@ class Proposal:
 class Sampler:
     """Chooses tokens for rows of logits; holds no state between calls."""
 
-    def __init__(self, eos_token_ids: Iterable[int]) -> None:
+    def __init__(
+        self, eos_token_ids: Iterable[int], gumbel_argmax: GumbelArgmax = gumbel_argmax
+    ) -> None:
         self._eos_token_ids = tuple(sorted(eos_token_ids))
+        self._gumbel_argmax = gumbel_argmax
 
     def sample(self, logits: torch.Tensor, rows: list[SamplerRow]) -> list[int]:
-        """logits: [num_rows, vocab_size], any float dtype. Returns one token id a row."""
-        chosen: list[int] = logits.argmax(dim=-1).tolist()
+        """logits: [num_rows, vocab_size], any float dtype. Returns one token id a row.
+
+        Raises ValueError for a row that holds a NaN.
+        """
+        draws = [
+            None if row.sampling.temperature == 0.0 else _draw(row, Role.SHARED) for row in rows
+        ]
+        if not all(self._is_plain_argmax(row) for row in rows):
+            logits = self._process_all(logits.float().cpu(), rows)
+        return self._gumbel_argmax(logits, draws)
+
+    def _process_all(self, scores: torch.Tensor, rows: list[SamplerRow]) -> torch.Tensor:
+        """process() of every row: at once for those that it would only divide by temperature."""
+        shift, scale = torch.zeros(len(rows), 1), torch.ones(len(rows), 1)
+        scaled = [i for i, row in enumerate(rows) if self._is_scaled_alone(row)]
+        shift[scaled] = scores.amax(dim=1, keepdim=True)[scaled]
+        scale[scaled, 0] = torch.tensor([rows[i].sampling.temperature for i in scaled])
+        processed = (scores - shift).div_(scale)
         for i, row in enumerate(rows):
-            if not self._is_plain_argmax(row):
-                chosen[i] = self._sample_row(logits[i].float().cpu(), row)
-        return chosen
+            if not (self._is_scaled_alone(row) or self._is_plain_argmax(row)):
+                processed[i] = self.process(scores[i], row)
+        return processed
 
     def _is_plain_argmax(self, row: SamplerRow) -> bool:
+        return row.sampling.temperature == 0.0 and self._keeps_logits(row)
+
+    def _is_scaled_alone(self, row: SamplerRow) -> bool:
+        sampling = row.sampling
+        keeps_all = sampling.top_k <= 0 and sampling.top_p >= 1.0 and sampling.min_p <= 0.0
+        return sampling.temperature > 0.0 and keeps_all and self._keeps_logits(row)
+
+    def _keeps_logits(self, row: SamplerRow) -> bool:
         sampling = row.sampling
         return (
-            sampling.temperature == 0.0
-            and not sampling.has_penalties
+            not sampling.has_penalties
             and not sampling.logit_bias
             and row.num_output_tokens >= sampling.min_tokens
         )
 
-    def _sample_row(self, scores: torch.Tensor, row: SamplerRow) -> int:
-        scores = self.process(scores, row)
-        sampling = row.sampling
-        if sampling.temperature == 0.0:
-            return int(scores.argmax())
-        return self.choose(scores.numpy(), row, Role.SHARED)
-
     def choose(self, scores: NDArray[np.floating[Any]], row: SamplerRow, role: Role) -> int:
         """One draw from the law exp(scores), [vocab_size], up to a constant; never an entry at
         -inf. The draw is a function of the row's seed and position, and of the role."""
-        candidates = np.flatnonzero(scores >= scores.max() - _NOISE_SPREAD)
-        words = _words(row, role, len(scores))[candidates]
-        perturbed = scores[candidates].astype(np.float64) + gumbel_noise(words)
-        return int(candidates[np.argmax(perturbed)])
+        return perturbed_argmax(scores, _draw(row, role))
 
     def uniform(self, row: SamplerRow, role: Role) -> float:
         """The row's number in (0, 1) of a role that asks for one."""
-        return float(uniforms(_words(row, role, 1))[0])
+        return float(uniforms(_draw(row, role).words(1))[0])
 
     def process(self, scores: torch.Tensor, row: SamplerRow) -> torch.Tensor:
         """Penalties, bias, min_tokens, temperature, top-k, top-p, min-p; removed entries are -inf.
@@ -132,12 +148,12 @@ class Sampler:
         return scores
 
 
-def _words(row: SamplerRow, role: Role, num_words: int) -> NDArray[np.uint32]:
+def _draw(row: SamplerRow, role: Role) -> Draw:
     """Proposals alone come from a new stream each round: a position may be drafted again after a
     rejection, by a drafter that has seen what its first draft there led to. Every other role
     draws once a position, or wants the same draw again."""
     step = row.num_drafted if role is Role.PROPOSE else 0
-    return random_words(row.sampling.seed, row.position, num_words, role, step)
+    return Draw(row.sampling.seed, row.position, role, step)
 
 
 def _penalize(scores: torch.Tensor, row: SamplerRow) -> None:

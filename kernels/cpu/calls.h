@@ -1,11 +1,13 @@
-// What Python passes: cpu_attention.py and cpu_linear.py have the same structures.
+// What Python passes: the modules cpu_*.py have the same structures.
 #pragma once
 
 #include <cstdint>
 
 extern "C" {
 
-// Strides count elements. `tables` holds every sequence's blocks, from table_starts[i] on.
+// Strides count elements. Where a sequence's keys lie is told by its blocks, `tables` from
+// table_starts[i] on, or, where num_own > 0, key by key: num_listed `slots`, which count rows
+// of `keys` with the heads end to end, then num_own rows that are in no page.
 struct AttentionCall {
   const void* query;  // rows of all sequences, [head, row, head_dim] by its strides
   void* output;
@@ -17,7 +19,10 @@ struct AttentionCall {
   const int64_t* context_lens;  // keys before the rows' own
   const int64_t* tables;
   const int64_t* table_starts;
-  int64_t num_sequences, block_size;
+  const int64_t* slots;  // [num_kv_heads, num_sequences, num_listed]
+  const void* own_keys;  // [num_kv_heads, num_sequences, num_own, head_dim]
+  const void* own_values;
+  int64_t num_sequences, block_size, num_listed, num_own;
   int64_t query_head_stride, query_row_stride, output_head_stride, output_row_stride;
   int64_t kv_head_stride;
   int64_t num_query_heads, num_kv_heads, head_dim;
@@ -32,6 +37,43 @@ struct LinearCall {
   const float* bias;  // or null, [num_outputs] and room for kWidth
   float* output;      // [num_rows, num_outputs]
   int64_t num_rows, num_inputs, num_outputs;
+  int32_t num_threads;
+};
+
+// What a row's noise is a function of; one that is not random takes its largest score.
+struct DrawKey {
+  uint64_t seed, position, role, step, is_random;
+};
+
+struct ChoiceCall {
+  const float* scores;  // [num_rows, num_entries]
+  const DrawKey* keys;  // [num_rows]
+  int64_t* chosen;      // [num_rows]; -1: a NaN among the scores, or none above -inf
+  int64_t num_rows, num_entries;
+  int32_t num_threads;
+};
+
+struct NormCall {
+  const float* rows;  // [num_rows, num_dims]
+  const float* weight;
+  float* output;
+  int64_t num_rows, num_dims;  // a multiple of kLanes
+  float epsilon;
+  int32_t num_threads;
+};
+
+struct RotateCall {
+  float* rows;  // [num_rows, row_stride], of which the first num_heads * head_dim turn
+  const float* cos;  // [num_rows, head_dim]
+  const float* sin;
+  int64_t num_rows, row_stride, num_heads, head_dim;  // a multiple of 2 * kLanes
+  int32_t num_threads;
+};
+
+struct GateCall {
+  const float* rows;  // [num_rows, 2, num_dims]: gates, then what they let through
+  float* output;      // [num_rows, num_dims]
+  int64_t num_rows, num_dims;  // a multiple of kLanes
   int32_t num_threads;
 };
 

@@ -9,27 +9,16 @@
 // are verified with it, or the number of threads.
 
 #include <algorithm>
-#include <vector>
 
 #include "buffer.h"
-#include "calls.h"
+#include "tasks.h"
 #include "tiles.h"
 
 namespace {
 
-constexpr int64_t kSplit = 512;      // keys of a task
-constexpr int64_t kFoldedRows = 96;  // of a task, unless one query row's group is more
-constexpr int64_t kLeastRows = 17;   // query rows that share one reading of the keys
-
-// One sequence's rows first_row .. first_row + num_rows - 1 (of its own) over one split.
-struct Task {
-  int64_t sequence, head, first_row, num_rows, begin, end;
-  int64_t partial;  // offset: per folded row head_dim sums, the maximum, the sum of weights
-};
-
 // What a thread works in, call after call.
 struct Scratch {
-  Buffer queries, keys, values, scores;
+  Buffer queries, keys, scores;
 };
 
 thread_local Scratch scratch;
@@ -40,50 +29,23 @@ class Attention {
  public:
   explicit Attention(const AttentionCall& call)
       : call_(call),
-        group_(call.num_query_heads / call.num_kv_heads),
-        stride_(call.head_dim + kLanes) {
-    plan();
-  }
+        stride_(call.head_dim + kLanes),
+        tasks_(call, stride_),
+        group_(tasks_.group_size()) {}
 
   void run() {
-    partials_ = partial_buffer.reserve(num_partials_);
-    const int64_t num_tasks = tasks_.size(), num_groups = groups_.size();
+    partials_ = partial_buffer.reserve(tasks_.num_partials);
+    const int64_t num_tasks = tasks_.tasks.size(), num_groups = tasks_.groups.size();
 #pragma omp parallel num_threads(call_.num_threads)
     {
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < num_tasks; ++i) attend(tasks_[i]);
+      for (int64_t i = 0; i < num_tasks; ++i) attend(tasks_.tasks[i]);
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < num_groups; ++i) merge(groups_[i]);
+      for (int64_t i = 0; i < num_groups; ++i) merge(tasks_.groups[i]);
     }
   }
 
  private:
-  // Tasks that share rows and head: first .. last - 1.
-  struct Group {
-    int64_t first, last;
-  };
-
-  void plan() {
-    const int64_t block = std::max(kLeastRows, kFoldedRows / group_);
-    for (int64_t s = 0; s < call_.num_sequences; ++s)
-      for (int64_t head = 0; head < call_.num_kv_heads; ++head)
-        for (int64_t first = 0; first < call_.query_lens[s]; first += block)
-          plan_rows(s, head, first, std::min(block, call_.query_lens[s] - first));
-  }
-
-  void plan_rows(int64_t s, int64_t head, int64_t first, int64_t num_rows) {
-    const int64_t num_tasks = tasks_.size(), context = call_.context_lens[s];
-    const int64_t end = call_.mask ? context : context + first + num_rows;
-    int64_t begin = call_.window ? std::max<int64_t>(context + first - call_.window + 1, 0) : 0;
-    while (begin < end) {
-      const int64_t stop = std::min((begin / kSplit + 1) * kSplit, end);
-      tasks_.push_back({s, head, first, num_rows, begin, stop, num_partials_});
-      num_partials_ += num_rows * group_ * stride_;
-      begin = stop;
-    }
-    groups_.push_back({num_tasks, static_cast<int64_t>(tasks_.size())});
-  }
-
   // Folded row: query row first_row + folded / group, head head * group + folded % group.
   void attend(const Task& task) {
     const int64_t dims = call_.head_dim, rows = task.num_rows * group_;
@@ -121,23 +83,22 @@ class Attention {
                    const float* queries, float* partial) {
     const int64_t dims = call_.head_dim, rows = task.num_rows * group_;
     float* packed = scratch.keys.reserve(dims * kTile);
-    float* widened = scratch.values.reserve(dims * kTile);
     float* scores = scratch.scores.reserve(rows * kTile);
     Prefetch<Cache> next_keys(next.keys, dims), next_values(next.values, dims);
     pack_keys(own.keys, dims, packed, next_keys);
     by_row_blocks(rows, [&]<int n>(int64_t row) {
       score_rows<n>(queries + row * dims, packed, dims, scores + row * kTile, next_keys);
     });
-    finish_scores(task, tile, scores);
+    if (!is_seen_by_all(task, tile)) finish_scores(task, tile, scores);
     for (int64_t row = 0; row < rows; ++row) weigh(scores + row * kTile, partial + row * stride_);
-    widen_values(own.values, dims, widened, next_values);
     by_row_blocks(rows, [&]<int n>(int64_t row) {
-      add_all_values<n>(scores + row * kTile, widened, dims, stride_, partial + row * stride_,
+      add_all_values<n>(scores + row * kTile, own.values, dims, stride_, partial + row * stride_,
                         next_values);
     });
   }
 
   void find_rows(const Task& task, int64_t tile, Rows<Cache>& rows) const {
+    if (call_.num_own > 0) return find_listed(task, tile, rows);
     const int64_t* table = call_.tables + call_.table_starts[task.sequence];
     const int64_t size = call_.block_size, head = task.head * call_.kv_head_stride;
     int64_t block = tile / size, offset = tile % size;
@@ -150,6 +111,25 @@ class Attention {
         offset = 0;
       }
     }
+  }
+
+  void find_listed(const Task& task, int64_t tile, Rows<Cache>& rows) const {
+    const int64_t list = task.head * call_.num_sequences + task.sequence;
+    const int64_t* slots = call_.slots + list * call_.num_listed;
+    for (int64_t i = 0; i < kTile; ++i) {
+      const int64_t key = std::min(tile + i, task.end - 1), own = key - call_.num_listed;
+      const int64_t at = (own < 0 ? slots[key] : list * call_.num_own + own) * call_.head_dim;
+      rows.keys[i] = static_cast<const Cache*>(own < 0 ? call_.keys : call_.own_keys) + at;
+      rows.values[i] = static_cast<const Cache*>(own < 0 ? call_.values : call_.own_values) + at;
+    }
+  }
+
+  // Nothing is left to do to the scores of such a tile.
+  bool is_seen_by_all(const Task& task, int64_t tile) const {
+    const int64_t first = call_.context_lens[task.sequence] + task.first_row;
+    const int64_t last = first + task.num_rows - 1;
+    return !call_.mask && call_.softcap == 0 && tile >= task.begin && tile + kTile <= task.end &&
+           tile + kTile <= first + 1 && (!call_.window || tile > last - call_.window);
   }
 
   // Soft cap, mask, causality and window, in place.
@@ -203,7 +183,7 @@ class Attention {
   }
 
   void merge(const Group& group) {
-    const Task& task = tasks_[group.first];
+    const Task& task = tasks_.tasks[group.first];
     const int64_t dims = call_.head_dim;
     float* shares = scratch.scores.reserve(group.last - group.first);
     for (int64_t folded = 0; folded < task.num_rows * group_; ++folded) {
@@ -227,15 +207,14 @@ class Attention {
   }
 
   const float* part(int64_t task, int64_t folded) const {
-    return partials_ + tasks_[task].partial + folded * stride_;
+    return partials_ + tasks_.tasks[task].partial + folded * stride_;
   }
 
   const AttentionCall& call_;
-  const int64_t group_, stride_;
-  std::vector<Task> tasks_;
-  std::vector<Group> groups_;
+  const int64_t stride_;  // of partials: sums, maximum, sum of weights, and room
+  const Tasks tasks_;
+  const int64_t group_;
   float* partials_ = nullptr;
-  int64_t num_partials_ = 0;
 };
 
 }  // namespace

@@ -1,10 +1,11 @@
 // The arithmetic of one tile: kTile keys of a KV head against rows of its group.
 //
-//   packed keys     [head_dim, kTile]     so that a vector holds one dim of several keys
-//   scores          [num_rows, kTile]
-//   widened values  [kTile, head_dim]
-//   sums            [num_rows, head_dim]  weighted values
+//   packed keys   [head_dim, kTile]     so that a vector holds one dim of several keys
+//   scores        [num_rows, kTile]
+//   sums          [num_rows, head_dim]  weighted values
 #pragma once
+
+#include <algorithm>
 
 #include "vectors.h"
 
@@ -40,47 +41,24 @@ class Prefetch {
   int64_t line_ = 0;
 };
 
-// Keys side by side, [head_dim, kTile].
+// Keys side by side, [head_dim, kTile]; of bfloat16 ones, words of two dims, [head_dim / 2, kTile].
 template <typename Cache>
 void pack_keys(const Cache* const rows[kTile], int64_t head_dim, float* packed,
                Prefetch<Cache>& prefetch) {
-  for (int64_t key = 0; key < kTile; key += kLanes) {
-    int64_t dim = 0;
-    Words block[kLanes];
-    if constexpr (sizeof(Cache) == 2) {
-      for (; dim + 2 * kLanes <= head_dim; dim += 2 * kLanes) {  // two dims a word
-        for (int i = 0; i < kLanes; ++i) {
-          block[i] = load<Words>(rows[key + i] + dim);
-          if (i % 2) prefetch.advance();
-        }
-        transpose(block);
-        for (int i = 0; i < kLanes; ++i) {
-          store(packed + (dim + 2 * i) * kTile + key, block[i] << 16);
-          store(packed + (dim + 2 * i + 1) * kTile + key, block[i] & 0xFFFF0000u);
-        }
-      }
-    }
-    for (; dim < head_dim; dim += kLanes) {
+  constexpr int64_t dims_a_word = 4 / sizeof(Cache);
+  const int64_t num_words = head_dim / dims_a_word;
+  for (int64_t key = 0; key < kTile; key += kLanes)
+    for (int64_t first = 0; first < num_words; first += kLanes) {
+      const int64_t count = std::min<int64_t>(kLanes, num_words - first);
+      Words block[kLanes];
       for (int i = 0; i < kLanes; ++i) {
-        const Floats row = load_floats(rows[key + i] + dim);
-        block[i] = reinterpret_cast<const Words&>(row);
+        const Cache* row = rows[key + i] + first * dims_a_word;
+        block[i] = count == kLanes ? load<Words>(row) : load_some<Words>(row, 4 * count);
         if (i % 2) prefetch.advance();
       }
       transpose(block);
-      for (int i = 0; i < kLanes; ++i) store(packed + (dim + i) * kTile + key, block[i]);
+      for (int i = 0; i < count; ++i) store(packed + (first + i) * kTile + key, block[i]);
     }
-  }
-}
-
-// [kTile, head_dim]
-template <typename Cache>
-void widen_values(const Cache* const rows[kTile], int64_t head_dim, float* widened,
-                  Prefetch<Cache>& prefetch) {
-  for (int64_t key = 0; key < kTile; ++key) {
-    for (int64_t dim = 0; dim < head_dim; dim += kLanes)
-      store(widened + key * head_dim + dim, load_floats(rows[key] + dim));
-    prefetch.advance();
-  }
 }
 
 // scores[r] = queries[r] . keys, rows one after the other.
@@ -88,17 +66,41 @@ template <int kRows, typename Cache>
 void score_rows(const float* queries, const float* keys, int64_t head_dim, float* scores,
                 Prefetch<Cache>& prefetch) {
   Floats sums[kRows][kVectors] = {};
-  for (int64_t dim = 0; dim < head_dim; ++dim) {
-    Floats key[kVectors];
+  if constexpr (sizeof(Cache) == 2) {
+    for (int64_t dim = 0; dim < head_dim; dim += 2) {
+      Words words[kVectors];
 #pragma GCC unroll 16
-    for (int i = 0; i < kVectors; ++i) key[i] = load<Floats>(keys + dim * kTile + i * kLanes);
+      for (int i = 0; i < kVectors; ++i)
+        words[i] = load<Words>(keys + dim / 2 * kTile + i * kLanes);
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        Floats key[kVectors];
 #pragma GCC unroll 16
-    for (int row = 0; row < kRows; ++row) {
-      const Floats query = splat(queries[row * head_dim + dim]);
+        for (int i = 0; i < kVectors; ++i)
+          key[i] = as_floats(half ? words[i] & 0xFFFF0000u : words[i] << 16);
 #pragma GCC unroll 16
-      for (int i = 0; i < kVectors; ++i) sums[row][i] += query * key[i];
+        for (int row = 0; row < kRows; ++row) {
+          const Floats query = splat(queries[row * head_dim + dim + half]);
+#pragma GCC unroll 16
+          for (int i = 0; i < kVectors; ++i) sums[row][i] += query * key[i];
+        }
+      }
+      prefetch.advance();
+      prefetch.advance();
     }
-    prefetch.advance();
+  } else {
+    for (int64_t dim = 0; dim < head_dim; ++dim) {
+      Floats key[kVectors];
+#pragma GCC unroll 16
+      for (int i = 0; i < kVectors; ++i) key[i] = load<Floats>(keys + dim * kTile + i * kLanes);
+#pragma GCC unroll 16
+      for (int row = 0; row < kRows; ++row) {
+        const Floats query = splat(queries[row * head_dim + dim]);
+#pragma GCC unroll 16
+        for (int i = 0; i < kVectors; ++i) sums[row][i] += query * key[i];
+      }
+      prefetch.advance();
+    }
   }
 #pragma GCC unroll 16
   for (int row = 0; row < kRows; ++row)
@@ -108,7 +110,7 @@ void score_rows(const float* queries, const float* keys, int64_t head_dim, float
 
 // sums[r] += weights[r] . values, over kWidth vectors of the head's dims.
 template <int kRows, int kWidth, typename Cache>
-void add_values(const float* weights, const float* values, int64_t head_dim, int64_t stride,
+void add_values(const float* weights, const Cache* const values[kTile], int64_t dim, int64_t stride,
                 float* sums, Prefetch<Cache>& prefetch) {
   Floats total[kRows][kWidth];
 #pragma GCC unroll 16
@@ -118,13 +120,14 @@ void add_values(const float* weights, const float* values, int64_t head_dim, int
   for (int64_t key = 0; key < kTile; ++key) {
     Floats value[kWidth];
 #pragma GCC unroll 16
-    for (int i = 0; i < kWidth; ++i) value[i] = load<Floats>(values + key * head_dim + i * kLanes);
+    for (int i = 0; i < kWidth; ++i) value[i] = load_floats(values[key] + dim + i * kLanes);
 #pragma GCC unroll 16
     for (int row = 0; row < kRows; ++row) {
       const Floats weight = splat(weights[row * kTile + key]);
 #pragma GCC unroll 16
       for (int i = 0; i < kWidth; ++i) total[row][i] += weight * value[i];
     }
+    prefetch.advance();
     prefetch.advance();
   }
 #pragma GCC unroll 16
@@ -134,13 +137,13 @@ void add_values(const float* weights, const float* values, int64_t head_dim, int
 }
 
 template <int kRows, typename Cache>
-void add_all_values(const float* weights, const float* values, int64_t head_dim, int64_t stride,
-                    float* sums, Prefetch<Cache>& prefetch) {
+void add_all_values(const float* weights, const Cache* const values[kTile], int64_t head_dim,
+                    int64_t stride, float* sums, Prefetch<Cache>& prefetch) {
   int64_t dim = 0;
   for (; dim + 4 * kLanes <= head_dim; dim += 4 * kLanes)
-    add_values<kRows, 4>(weights, values + dim, head_dim, stride, sums + dim, prefetch);
+    add_values<kRows, 4>(weights, values, dim, stride, sums + dim, prefetch);
   for (; dim < head_dim; dim += kLanes)
-    add_values<kRows, 1>(weights, values + dim, head_dim, stride, sums + dim, prefetch);
+    add_values<kRows, 1>(weights, values, dim, stride, sums + dim, prefetch);
 }
 
 // Calls work.template operator()<n>(row) over all rows, n at a time.

@@ -35,6 +35,14 @@ inline Vector load(const void* from) {
   return vector;
 }
 
+// The first bytes of it; zeros after them.
+template <typename Vector>
+inline Vector load_some(const void* from, int64_t num_bytes) {
+  Vector vector{};
+  std::memcpy(&vector, from, num_bytes);
+  return vector;
+}
+
 template <typename Vector>
 inline void store(void* to, Vector vector) {
   std::memcpy(to, &vector, sizeof(vector));
@@ -85,20 +93,38 @@ inline void store_floats(BFloat16* to, Floats vector) {
 
 inline Floats select(Ints condition, Floats yes, Floats no) { return condition ? yes : no; }
 
-inline Floats larger(Floats a, Floats b) { return select(a > b, a, b); }
-
-inline float largest(Floats vector) {
-  float value = vector[0];
-  for (int lane = 1; lane < kLanes; ++lane) value = std::fmax(value, vector[lane]);
-  return value;
+inline Floats larger(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#else
+  return select(a > b, a, b);
+#endif
 }
 
+// Lane i and lane i ^ width change places.
+template <int width, int... lanes>
+inline Floats swapped(Floats vector, std::integer_sequence<int, lanes...>) {
+  constexpr Ints from = {(lanes ^ width)...};
+  return __builtin_shuffle(vector, from);
+}
+
+// One value of all lanes, folded by halves.
+template <int width = kLanes / 2, typename Fold>
+inline float fold(Floats vector, Fold combine) {
+  if constexpr (width > 0) {
+    const auto lanes = std::make_integer_sequence<int, kLanes>{};
+    return fold<width / 2>(combine(vector, swapped<width>(vector, lanes)), combine);
+  } else {
+    return vector[0];
+  }
+}
+
+inline float largest(Floats vector) { return fold(vector, larger); }
+
 inline float sum(Floats vector) {
-  float lanes[kLanes];
-  store(lanes, vector);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
-  return lanes[0];
+  return fold(vector, [](Floats a, Floats b) { return a + b; });
 }
 
 // e^x for x <= 0, within 2 ulp; 0 below -87.

@@ -114,34 +114,44 @@ def test_a_verified_row_is_the_plain_row_bit_for_bit(
 @settings(max_examples=30, deadline=None)
 @given(
     batch=st.integers(1, 4),
-    num_keys=st.integers(1, 700),
+    num_listed=st.integers(0, 700),
+    num_own=st.integers(1, 4),
     kv_heads=st.integers(0, 3),
     group_size=st.integers(1, 3),
+    head_dim=st.sampled_from([24, 32]),
     softcap=st.sampled_from([None, 5.0]),
     dtypes=st.sampled_from(DTYPES),
     seed=st.integers(0, 10_000),
 )
-def test_gathered_attention_agrees_with_the_reference(
+def test_the_draft_steps_over_a_view_agree_with_the_reference(
     batch: int,
-    num_keys: int,
+    num_listed: int,
+    num_own: int,
     kv_heads: int,
     group_size: int,
+    head_dim: int,
     softcap: float | None,
     dtypes: tuple[torch.dtype, torch.dtype],
     seed: int,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    query = torch.randn(batch, kv_heads * group_size, 32, generator=generator).to(dtypes[0])
-    k_view, v_view = torch.randn(2, kv_heads, batch, num_keys, 32, generator=generator).to(
-        dtypes[1]
-    )
-    visible = torch.rand(batch, num_keys, generator=generator) < 0.7
-    visible[:, 0] = True
-    mask = torch.zeros(batch, num_keys).masked_fill_(~visible, float("-inf")).to(dtypes[1])
-    case = (query.transpose(0, 1), k_view, v_view, mask, 0.25, softcap)
-    within = tolerance(dtypes[0])
-    actual, expected = attention().gathered(*case), reference.gathered_attention(*case)
-    torch.testing.assert_close(actual, expected, atol=within, rtol=within)
+    cache = torch.randn(2, kv_heads, 300, head_dim, generator=generator).to(dtypes[1])
+    slots = torch.randint(0, 300 * max(kv_heads, 1), (kv_heads, batch, num_listed))
+    visible = torch.rand(batch, num_listed + num_own, generator=generator) < 0.7
+    visible[:, num_listed] = True
+    mask = torch.zeros(visible.shape).masked_fill_(~visible, float("-inf")).to(dtypes[1])
+    view = attention().view(cache[0], cache[1], slots, num_own)
+    oracle = dispatch.REFERENCE.view(cache[0], cache[1], slots, num_own)
+    for step in range(num_own):
+        rows = torch.randn(batch, kv_heads * group_size, head_dim, generator=generator)
+        own = torch.randn(2, kv_heads, batch, head_dim, generator=generator).to(dtypes[0])
+        so_far = mask.clone()
+        so_far[:, num_listed + step + 1 :] = float("-inf")
+        case = (rows.to(dtypes[0]).transpose(0, 1), own[0], own[1], step, so_far, 0.25, softcap)
+        within = tolerance(dtypes[0])
+        torch.testing.assert_close(
+            view.attend(*case), oracle.attend(*case), atol=within, rtol=within
+        )
 
 
 @settings(max_examples=40, deadline=None)

@@ -5,12 +5,22 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from magicdec.kernels import reference
-from magicdec.kernels.gumbel import Role, gumbel_noise, random_words, uniforms
+from magicdec.kernels.compiled import compiled_library
+from magicdec.kernels.cpu_gumbel import CpuGumbelArgmax
+from magicdec.kernels.gumbel import (
+    Draw,
+    Role,
+    gumbel_argmax,
+    gumbel_noise,
+    random_words,
+    uniforms,
+)
 from tests.distributions import FALSE_ALARM, fit
 
 NUM_SEEDS, NUM_POSITIONS, NUM_ENTRIES = 40, 40, 64
@@ -38,6 +48,52 @@ def test_shared_noise_keeps_its_values() -> None:
     words = random_words(5, 7, 4)
     assert words.tolist() == [3414292854, 2153770247, 2483589764, 189261583]
     np.testing.assert_array_equal(words, random_words(5, 7, 4, Role.SHARED, 0))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    num_entries=st.integers(1, 300),
+    spread=st.floats(0.0, 40.0),
+    removed=st.floats(0.0, 0.9),
+    draws=st.lists(
+        st.none()
+        | st.builds(
+            Draw,
+            st.integers(0, 2**64 - 1),
+            st.integers(0, 2**40),
+            st.sampled_from(Role),
+            st.integers(0, 16),
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    seed=st.integers(0, 10_000),
+)
+def test_compiled_code_chooses_the_same_entries(
+    num_entries: int, spread: float, removed: float, draws: list[Draw | None], seed: int
+) -> None:
+    """Ties among them: a spread of 0 makes all scores equal."""
+    library = compiled_library()
+    if library is None:
+        pytest.skip("there is no compiler here")
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(len(draws), num_entries, generator=generator) * spread
+    hidden = torch.rand(scores.shape, generator=generator) < removed
+    hidden[:, seed % num_entries] = False
+    scores[hidden] = float("-inf")
+    assert CpuGumbelArgmax(library)(scores, draws) == gumbel_argmax(scores, draws)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_compiled_code_refuses_scores_that_order_nothing(bad: float) -> None:
+    library = compiled_library()
+    if library is None:
+        pytest.skip("there is no compiler here")
+    scores = torch.zeros(3, 41)
+    scores[1] = bad
+    for draw in (None, Draw(1, 2)):
+        with pytest.raises(ValueError, match="row 1 of the scores holds a NaN, or nothing above"):
+            CpuGumbelArgmax(library)(scores, [None, draw, None])
 
 
 def test_a_longer_draw_begins_with_the_shorter_one() -> None:

@@ -111,7 +111,7 @@ def test_a_view_holds_sink_recent_window_and_the_heaviest_keys_within_its_budget
         [o.selection for o in observations],
     )
     for layer in range(3):
-        view = attention._gather(layer, None)
+        view = attention._view(layer, None)
         visible = attention_mask(attention, view)
         num_keys = draft_budget * (2 if layer < num_first_layers else 1) - draft_length
         row_start = 0
@@ -121,7 +121,8 @@ def test_a_view_holds_sink_recent_window_and_the_heaviest_keys_within_its_budget
             )
             row_start += rows[i]
             for head in range(2):
-                slots = view.k[head, i, :, 0][visible[i]].long().tolist()
+                first = head * cache.k[layer].shape[1]
+                slots = (view.slots[head, i] - first)[visible[i, : view.slots.shape[2]]].tolist()
                 check_view(slots, layout, i, mass[head], context_len, num_keys, config, growth)
 
 

@@ -1,0 +1,53 @@
+"""Choosing tokens by the C++ kernel of kernels/cpu: the same words, and noise within 2 ulp."""
+
+import ctypes
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from magicdec.kernels import gumbel
+from magicdec.kernels.gumbel import Draw
+
+_POINTER = ctypes.c_void_p
+
+
+class ChoiceCall(ctypes.Structure):
+    """As in calls.h."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("scores", "keys", "chosen")),
+        *((name, ctypes.c_int64) for name in ("num_rows", "num_entries")),
+        ("num_threads", ctypes.c_int32),
+    )
+
+
+class CpuGumbelArgmax:
+    """gumbel.gumbel_argmax over one compiled library, for fp32 rows on the CPU; others go there."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._function = library.gumbel_argmax
+
+    def __call__(self, scores: torch.Tensor, draws: Sequence[Draw | None]) -> list[int]:
+        """See gumbel.gumbel_argmax. A NaN is refused in every row."""
+        if scores.dtype is not torch.float32 or scores.device.type != "cpu":
+            return gumbel.gumbel_argmax(scores, draws)
+        scores = scores.contiguous()
+        keys = np.array(
+            [(0,) * 5 if d is None else (d.seed, d.position, d.role, d.step, 1) for d in draws],
+            dtype=np.uint64,
+        )
+        chosen = np.empty(len(draws), dtype=np.int64)
+        call = ChoiceCall(
+            scores=scores.data_ptr(),
+            keys=keys.ctypes.data,
+            chosen=chosen.ctypes.data,
+            num_rows=len(draws),
+            num_entries=scores.shape[1],
+            num_threads=torch.get_num_threads(),
+        )
+        self._function(ctypes.byref(call))
+        if (chosen < 0).any():
+            row = int(np.argmin(chosen))
+            raise ValueError(f"row {row} of the scores holds a NaN, or nothing above -inf")
+        return chosen.tolist()
