@@ -27,6 +27,7 @@ from magicdec.attention import (
 )
 from magicdec.compute_dtype import compute_dtype, packing_library
 from magicdec.config import ConfigError, EngineConfig, ModelConfig
+from magicdec.fused_modules import fuse_modules
 from magicdec.kernels.cpu_linear import PackedLinear, pack_linears
 from magicdec.kv_cache import LayerSpec
 
@@ -142,6 +143,7 @@ def load_model(config: ModelConfig, device: torch.device) -> LoadedModel:
     )
     library = packing_library(config.dtype, device)
     if library is not None:
+        fuse_modules(module, library)
         pack_linears(module, library)
     return describe_model(module.to(device), config.dtype)
 

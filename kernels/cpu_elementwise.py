@@ -1,0 +1,98 @@
+"""What stands between a layer's linears, by the C++ kernels of kernels/cpu: fp32, a call each."""
+
+import ctypes
+
+import torch
+
+DIMS_MULTIPLE = 32  # of heads that rotate; norms and gates are content with half of it
+_INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
+
+
+class NormCall(ctypes.Structure):
+    """As in calls.h."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("rows", "weight", "output")),
+        *((name, _INT) for name in ("num_rows", "num_dims")),
+        ("epsilon", ctypes.c_float),
+        ("num_threads", ctypes.c_int32),
+    )
+
+
+class RotateCall(ctypes.Structure):
+    """As in calls.h."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("rows", "cos", "sin")),
+        *((name, _INT) for name in ("num_rows", "row_stride", "num_heads", "head_dim")),
+        ("num_threads", ctypes.c_int32),
+    )
+
+
+class GateCall(ctypes.Structure):
+    """As in calls.h."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("rows", "output")),
+        *((name, _INT) for name in ("num_rows", "num_dims")),
+        ("num_threads", ctypes.c_int32),
+    )
+
+
+class CpuElementwise:
+    """Of one compiled library. Tensors are fp32 and contiguous, dims multiples of DIMS_MULTIPLE."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._norm, self._rotate, self._gate = (
+            library.rms_norm,
+            library.rotate,
+            library.silu_product,
+        )
+
+    def rms_norm(self, rows: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        """See reference.rms_norm."""
+        rows = rows.contiguous()
+        output = torch.empty_like(rows)
+        call = NormCall(
+            rows=rows.data_ptr(),
+            weight=weight.data_ptr(),
+            output=output.data_ptr(),
+            num_rows=rows.numel() // rows.shape[-1],
+            num_dims=rows.shape[-1],
+            epsilon=epsilon,
+            num_threads=torch.get_num_threads(),
+        )
+        self._norm(ctypes.byref(call))
+        return output
+
+    def rotate(
+        self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_heads: int
+    ) -> torch.Tensor:
+        """See reference.rotate; `rows` themselves are rotated and returned."""
+        cos, sin = cos.contiguous(), sin.contiguous()
+        call = RotateCall(
+            rows=rows.data_ptr(),
+            cos=cos.data_ptr(),
+            sin=sin.data_ptr(),
+            num_rows=rows.shape[0],
+            row_stride=rows.shape[1],
+            num_heads=num_heads,
+            head_dim=cos.shape[1],
+            num_threads=torch.get_num_threads(),
+        )
+        self._rotate(ctypes.byref(call))
+        return rows
+
+    def silu_product(self, rows: torch.Tensor) -> torch.Tensor:
+        """See reference.silu_product."""
+        rows = rows.contiguous()
+        output = rows.new_empty(*rows.shape[:-1], rows.shape[-1] // 2)
+        call = GateCall(
+            rows=rows.data_ptr(),
+            output=output.data_ptr(),
+            num_rows=output.numel() // output.shape[-1],
+            num_dims=output.shape[-1],
+            num_threads=torch.get_num_threads(),
+        )
+        self._gate(ctypes.byref(call))
+        return output

@@ -1,0 +1,76 @@
+"""The small steps between a layer's linears agree with their oracles, row by row."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from magicdec.kernels import reference
+from magicdec.kernels.compiled import compiled_library
+from magicdec.kernels.cpu_elementwise import CpuElementwise
+
+LIBRARY = compiled_library()
+pytestmark = pytest.mark.skipif(LIBRARY is None, reason="there is no compiler here")
+DIMS = st.integers(1, 8).map(lambda n: 32 * n)
+SIZES = st.sampled_from([1e-3, 1.0, 80.0])
+
+
+def kernels() -> CpuElementwise:
+    assert LIBRARY is not None
+    return CpuElementwise(LIBRARY)
+
+
+def made_up(*shape: int, size: float, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * size
+
+
+@settings(max_examples=40, deadline=None)
+@given(num_rows=st.integers(0, 300), num_dims=DIMS, size=SIZES, seed=st.integers(0, 999))
+def test_a_norm_agrees_with_the_reference(
+    num_rows: int, num_dims: int, size: float, seed: int
+) -> None:
+    rows = made_up(1, num_rows, num_dims, size=size, seed=seed)
+    case = (rows, made_up(num_dims, size=1.0, seed=1), 1e-5)
+    actual = kernels().rms_norm(*case)
+    torch.testing.assert_close(actual, reference.rms_norm(*case), atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(num_rows=st.integers(0, 300), num_dims=DIMS, size=SIZES, seed=st.integers(0, 999))
+def test_a_gate_agrees_with_the_reference(
+    num_rows: int, num_dims: int, size: float, seed: int
+) -> None:
+    """Gates of any size: e^x overflows at none."""
+    rows = made_up(num_rows, 2 * num_dims, size=size, seed=seed)
+    actual, expected = kernels().silu_product(rows), reference.silu_product(rows)
+    torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    num_rows=st.integers(1, 60),
+    head_dim=st.sampled_from([32, 64, 128]),
+    num_heads=st.integers(1, 6),
+    num_others=st.integers(0, 3),
+    seed=st.integers(0, 999),
+)
+def test_the_first_heads_rotate_as_in_the_reference(
+    num_rows: int, head_dim: int, num_heads: int, num_others: int, seed: int
+) -> None:
+    rows = made_up(num_rows, (num_heads + num_others) * head_dim, size=1.0, seed=seed)
+    cos, sin = made_up(2, num_rows, head_dim, size=1.0, seed=seed + 1)
+    expected = reference.rotate(rows, cos, sin, num_heads)
+    actual = kernels().rotate(rows.clone(), cos, sin, num_heads)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    others = num_heads * head_dim
+    assert torch.equal(actual[:, others:], rows[:, others:])
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
+    """Nor on how many threads there are: 700 rows are shared out, one is not."""
+    rows = made_up(700, 128, size=1.0, seed=3)
+    weight = made_up(128, size=1.0, seed=4)
+    together = kernels().rms_norm(rows, weight, 1e-6)
+    assert torch.equal(kernels().rms_norm(rows[333:334], weight, 1e-6), together[333:334])
+    gated = kernels().silu_product(rows)
+    assert torch.equal(kernels().silu_product(rows[333:334]), gated[333:334])

@@ -1,0 +1,108 @@
+"""Fused layers compute what transformers' own do, and what differs is left alone."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from magicdec.fused_modules import FusedAttention, FusedMlp, FusedRmsNorm, fuse_modules
+from magicdec.kernels.compiled import compiled_library
+from magicdec.kernels.cpu_linear import pack_linears
+from magicdec.model_loader import LoadedModel, describe_model
+from tests.conftest import FAMILIES
+
+LIBRARY = compiled_library()
+pytestmark = pytest.mark.skipif(LIBRARY is None, reason="there is no compiler here")
+NUM_LAYERS = 3
+# Attentions with norms of their own, and gates other than silu, are not fused.
+FUSED = {
+    "llama": (FusedRmsNorm, FusedMlp, FusedAttention),
+    "mistral_sliding": (FusedRmsNorm, FusedMlp, FusedAttention),
+    "qwen2": (FusedRmsNorm, FusedMlp, FusedAttention),
+    "qwen3": (FusedRmsNorm, FusedMlp),
+    "gemma2": (FusedRmsNorm, FusedAttention),
+    "gemma3": (FusedRmsNorm,),
+}
+
+
+class Sums:
+    """An attention context whose answer depends on all that it is given."""
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,  # [num_query_heads, num_rows, head_dim]
+        key: torch.Tensor,
+        value: torch.Tensor,
+        **limits: float | int | None,
+    ) -> torch.Tensor:
+        per_head = len(query) // len(key)
+        scale = sum(limit for limit in limits.values() if limit is not None)
+        return (query + (key * value).repeat_interleave(per_head, dim=0)) * scale / 100 + layer
+
+
+def made(family: str) -> Any:
+    """With heads wide enough for the kernels."""
+    config: PretrainedConfig = FAMILIES[family]()
+    config.head_dim = 32
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():  # norms' weights would all be 1, and biases 0
+        parameter.data.add_(torch.randn_like(parameter) * 0.02)
+    return model
+
+
+def logits(model: LoadedModel) -> torch.Tensor:
+    token_ids = torch.arange(40) % 17
+    with torch.inference_mode():
+        return model.forward(token_ids, torch.arange(40), Sums())
+
+
+def kinds(module: nn.Module) -> set[type[nn.Module]]:
+    return {type(child) for child in module.modules()} & {FusedRmsNorm, FusedMlp, FusedAttention}
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_a_fused_model_gives_the_models_logits(family: str) -> None:
+    assert LIBRARY is not None
+    module = made(family)
+    before = describe_model(module, "float32")
+    expected = logits(before)
+    fuse_modules(module, LIBRARY)
+    after = describe_model(module, "float32")
+    torch.testing.assert_close(logits(after), expected, atol=1e-3, rtol=1e-3)
+    assert kinds(module) == set(FUSED[family])
+    assert after.layers == before.layers
+    packed = [child for child in module.modules() if type(child) is nn.Linear]
+    pack_linears(module, LIBRARY)
+    assert packed and not any(type(child) is nn.Linear for child in module.modules())
+
+
+def test_modules_that_compute_something_else_stay() -> None:
+    assert LIBRARY is not None
+    module = made("llama")
+    first, second, third = module.model.layers
+    own = second.self_attn.forward
+    second.self_attn.forward = lambda *args, **kwargs: [2 * own(*args, **kwargs)[0], None]
+    first.mlp.act_fn = nn.ReLU()
+    third.input_layernorm.forward = lambda rows: rows
+    expected = logits(describe_model(module, "float32"))
+    fuse_modules(module, LIBRARY)
+    assert not isinstance(second.self_attn, FusedAttention)
+    assert not isinstance(first.mlp, FusedMlp)
+    assert not isinstance(third.input_layernorm, FusedRmsNorm)
+    assert isinstance(first.self_attn, FusedAttention)
+    found = logits(describe_model(module, "float32"))
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_sizes_that_the_kernels_do_not_know_stay() -> None:
+    assert LIBRARY is not None
+    config = FAMILIES["llama"]()
+    config.head_dim, config.hidden_size, config.intermediate_size = 16, 72, 120
+    module = AutoModelForCausalLM.from_config(config).eval()
+    fuse_modules(module, LIBRARY)
+    assert kinds(module) == set()
