@@ -23,6 +23,7 @@ from magicdec.control.round_costs import RoundCosts, RoundLoad
 from magicdec.control.round_forecast import Forecast, Forecaster
 
 _LOOK_EVERY = 2  # decisions between looks for something to try, where no request is new
+_SLOW = 1.3  # times the predicted seconds: what a trial takes below that is the machine's noise
 _PLAIN_STANDS = 4  # rounds that a plain choice is good for: they show nothing of any drafter
 
 
@@ -237,12 +238,12 @@ class DraftController:
             self._num_dropped_times += 1
         if not choice.explores:
             return
-        rate = choice.set_aside_rate
-        losses = [predicted - choice.predicted_tokens / rate]
+        num_tokens, taken = choice.predicted_tokens, predicted
         if usable and all(outcome.is_possible for outcome in outcomes):
             num_tokens = len(outcomes) + sum(outcome.num_accepted_tokens for outcome in outcomes)
-            losses.append(seconds - num_tokens / rate)
-        self.exploration.charge(max(losses), are_new=choice.explores_new)
+            taken = seconds if seconds > _SLOW * predicted else predicted
+        loss = taken - num_tokens / choice.set_aside_rate
+        self.exploration.charge(loss, are_new=choice.explores_new)
 
 
 def _alike(one: RoundLoad, other: RoundLoad) -> bool:

@@ -30,8 +30,8 @@ class ExplorationAccount:
     """Credit in seconds: a share of every round's time comes in, what trials lose goes out.
 
     The loss of a round is its time less what its tokens would have taken under the choice that was
-    set aside; it must be covered as predicted, and is charged as predicted or as it came out,
-    whichever is more, so that luck buys no further trials. Two purses: one for batches that are new
+    set aside. It must be covered as predicted, and is charged for the tokens that came; a gain is
+    not paid in, so that luck buys no further trials. Two purses: one for batches that are new
     while nothing is drafted, where a trial may show that the mix has changed, and one for
     everything else, which would otherwise have spent it all before.
     """

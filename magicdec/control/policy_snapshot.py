@@ -25,8 +25,8 @@ Setting = tuple[str, float]  # drafter and draft budget
 class PolicySnapshot:
     """What a replica observed itself, or what several did: counts summed, of factors the median.
 
-    `cost_factors`: how much slower each kind of step is now than it was profiled. `num_dropped`:
-    observations that could not be true.
+    `cost_factors`: how much slower each kind of step is now than it was profiled, drafts beyond
+    what VERIFY is. `num_dropped`: observations that could not be true.
     """
 
     acceptance: AcceptanceSnapshot

@@ -30,6 +30,9 @@ class ProfiledRoundCosts:
     A round is draft_length draft steps and what begins them, then one verify forward: the decode
     rows, a prefill chunk beside them, and once in refresh_rounds the observation by which a
     drafter chooses its view again. `observe` feeds the correction of each kind.
+
+    Draft steps are corrected beside VERIFY: a machine that slows down slows both, and plain rounds
+    show it while nothing is drafted.
     """
 
     def __init__(
@@ -53,7 +56,7 @@ class ProfiledRoundCosts:
 
     @property
     def factors(self) -> dict[str, float]:
-        """How much slower each kind of step is now than profiled."""
+        """How much slower each kind of step is now than profiled, drafts beyond what VERIFY is."""
         return {kind: correction.factor for kind, correction in self._corrections.items()}
 
     @property
@@ -165,7 +168,7 @@ class ProfiledRoundCosts:
         kind = draft_kind(drafter)
         step = self._profile.seconds(kind, shape)
         begin = self._profile.known_seconds(begin_kind(drafter), shape)
-        factor = self._corrections[kind].factor
+        factor = self._corrections[VERIFY].factor * self._corrections[kind].factor
         forwards = self._observed.get(drafter) or self._with_observation(drafter)
         curve = [factor * (begin + n * step) + forward for n, forward in enumerate(forwards)]
         self._curves[drafter, draft_budget] = curve
@@ -204,7 +207,7 @@ class ProfiledRoundCosts:
         num_steps = max(s.draft_length for s in drafting)
         predicted = begin + num_steps * self._profile.seconds(kind, shape)
         if predicted > 0.0:  # nobody timed it
-            self._corrections[kind].observe(predicted, seconds)
+            self._corrections[kind].observe(self._corrections[VERIFY].factor * predicted, seconds)
 
     def _correct(self, decode_seconds: float, chunk_seconds: float, measured: float) -> None:
         """What a forward took beyond or below its prediction is put down to its greater part."""

@@ -91,17 +91,20 @@ class _Profiler:
         return num_taken
 
     def _next(self, queue: deque[Measurement], seconds: float) -> Measurement | None:
-        """The first that is expected to take no longer; those before it are dropped.
+        """The first that is expected to take no longer, or else what there is instead of it; those
+        before it are dropped.
 
         A measurement takes all of its probes once at least, as long as by the roofline and by how
         far that was off until now.
         """
         slower = self._step_seconds / self._roofline_seconds if self._roofline_seconds else 1.0
         while queue:
-            chosen = queue.popleft()
-            roofline = sum(self._samples.roofline_seconds(probe) for probe in chosen.probes)
-            if slower * roofline <= seconds:
-                return chosen
+            chosen: Measurement | None = queue.popleft()
+            while chosen is not None:
+                roofline = sum(self._samples.roofline_seconds(probe) for probe in chosen.probes)
+                if slower * roofline <= seconds:
+                    return chosen
+                chosen = chosen.instead
         return None
 
     def _take(self, measurement: Measurement) -> None:

@@ -15,7 +15,7 @@ from magicdec.profiling.step_profile import MAX_CURVE_ROWS
 
 _LEAST_CONTEXT = 64
 _TWO_LENGTHS = (1, 4)  # of drafts: they tell what a round costs once from what each step costs
-_ONE_LENGTH = (2,)  # where a batch makes steps long
+_ONE_LENGTH = (3,)  # where there is no time for both: the beginning is a small part of it
 _FEW_ROWS = 2  # of a prompt, by which a view is chosen as well as by all
 
 
@@ -33,12 +33,14 @@ class Measurement:
     """Probes to be run once, then those to be timed, in turn and several times.
 
     OBSERVE times one without and one with the observation, of sequences that are new every time;
-    DRAFT the rounds of the same sequences, of one draft length or two.
+    DRAFT rounds of the same sequences, of two draft lengths. `instead` is taken where there is no
+    time for this one.
     """
 
     aspect: Aspect
     warm_up: tuple[Probe, ...]
     timed: tuple[Probe, ...]
+    instead: "Measurement | None" = None
 
     @property
     def probes(self) -> tuple[Probe, ...]:
@@ -125,8 +127,11 @@ class MeasurementPlan:
         return _in_turn(own, others)
 
     def _rounds(self, drafter: str, probe: Probe) -> Measurement:
+        one = self._rounds_of(drafter, probe, _ONE_LENGTH)
+        return replace(self._rounds_of(drafter, probe, _TWO_LENGTHS), instead=one)
+
+    def _rounds_of(self, drafter: str, probe: Probe, wanted: tuple[int, ...]) -> Measurement:
         """First the view is chosen: by a round where the drafter observes those, or by a prompt."""
-        wanted = _TWO_LENGTHS if probe.batch_size == 1 else _ONE_LENGTH
         lengths = sorted({min(n, self._speculation.max_draft_length) for n in wanted})
         rounds = [replace(probe, drafter=drafter, draft_length=n) for n in lengths]
         warm_up = [replace(rounds[0], draft_length=1)]
