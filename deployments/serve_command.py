@@ -7,7 +7,11 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from magicdec.deployments.embedded_model import resolve_model
+from magicdec.deployments.embedded_model import (
+    EMBEDDED_MODEL_NAME,
+    list_models,
+    resolve_model,
+)
 from magicdec.deployments.engine_settings import SpeculationSettings
 from magicdec.deployments.local_ray import check_port, start_local_ray
 from magicdec.deployments.replica_api import ReplicaDescription
@@ -25,8 +29,7 @@ class Server:
 def serve(settings: ServeSettings, console: Console, *, verbose: bool) -> None:
     """Serves until SIGINT or SIGTERM. Raises SettingsError, ModelNotFoundError, StartFailed."""
     check_port(settings.server.host, settings.server.port)
-    for path in settings.model_paths:  # here, so that progress bars and errors are seen
-        resolve_model(path)
+    _prepare(settings)
     try:
         with console.status(f"Starting {settings.model.name} ..."):
             server = start(settings, show_worker_logs=verbose)
@@ -37,6 +40,28 @@ def serve(settings: ServeSettings, console: Console, *, verbose: bool) -> None:
         console.print("Stopping ...")
     finally:
         stop()
+
+
+def _prepare(settings: ServeSettings) -> None:
+    """Converts models, here, so that progress bars and errors are seen. Where that takes a while,
+    as on a first start, the CPU kernels are compiled beside it."""
+    converts = EMBEDDED_MODEL_NAME in settings.model_paths and not list_models()[0].converted
+    compiling = threading.Thread(target=_compile_kernels, daemon=True)
+    if converts:
+        compiling.start()
+    for path in settings.model_paths:
+        resolve_model(path)
+    if converts:
+        compiling.join()
+
+
+def _compile_kernels() -> None:
+    import torch  # seconds, and needed here only once
+
+    from magicdec.kernels.compiled import compiled_library
+
+    if not torch.cuda.is_available():
+        compiled_library()
 
 
 def start(settings: ServeSettings, *, show_worker_logs: bool) -> Server:

@@ -9,6 +9,7 @@ import platform
 import subprocess
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ logger = logging.getLogger(__name__)
 _SOURCE_FOLDER = Path(__file__).resolve().parent / "cpu"
 _FLAGS = (
     *("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"),
-    *("-std=c++20", "-shared", "-fPIC"),
+    *("-std=c++20", "-fPIC"),
 )
 _MOST_SAID = 500  # characters of a compiler's complaint
 
@@ -61,10 +62,16 @@ def load_compiled(folder: Path) -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
-def _digest() -> str:
+def sources_digest() -> str:
+    """Of what is compiled, whether it can be or not."""
     digest = hashlib.sha256()
     for source in sorted(_SOURCE_FOLDER.iterdir()):
         digest.update(source.name.encode() + source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _digest() -> str:
+    digest = hashlib.sha256(sources_digest().encode())
     for fact in (*_FLAGS, torch.__version__, platform.machine(), _processor_flags()):
         digest.update(fact.encode())
     return digest.hexdigest()[:16]
@@ -83,13 +90,21 @@ def _compile(library: Path) -> None:
     """The compiler that torch's extension loader would call, without that loader: it wants ninja on
     the path, and its lock outlives a process that is killed."""
     compiler = str(cpp_extension.get_cxx_compiler())  # type: ignore[no-untyped-call]
-    sources = sorted(_SOURCE_FOLDER.glob("*.cpp"))
+
+    def run(*arguments: Path | str) -> None:
+        command = [compiler, *_FLAGS, *map(str, arguments)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            sources = sorted(_SOURCE_FOLDER.glob("*.cpp"))
+            objects = [Path(folder) / f"{source.stem}.o" for source in sources]
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                pairs = zip(sources, objects, strict=True)
+                list(pool.map(lambda pair: run("-c", pair[0], "-o", pair[1]), pairs))
             built = Path(folder) / library.name
-            command = [compiler, *_FLAGS, *map(str, sources), "-o", str(built)]
-            subprocess.run(command, check=True, capture_output=True, text=True)
+            run("-shared", *objects, "-o", built)
             os.replace(built, library)
     except subprocess.CalledProcessError as error:
         raise CompileError(f"{compiler} failed: {error.stderr.strip()[:_MOST_SAID]}") from error

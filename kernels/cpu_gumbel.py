@@ -29,8 +29,9 @@ class CpuGumbelArgmax:
         self._function = library.gumbel_argmax
 
     def __call__(self, scores: torch.Tensor, draws: Sequence[Draw | None]) -> list[int]:
-        """See gumbel.gumbel_argmax. A NaN is refused in every row."""
-        if scores.dtype is not torch.float32 or scores.device.type != "cpu":
+        """See gumbel.gumbel_argmax."""
+        is_known = scores.dtype is torch.float32 and scores.device.type == "cpu"
+        if not is_known or len(draws) != len(scores):
             return gumbel.gumbel_argmax(scores, draws)
         scores = scores.contiguous()
         keys = np.array(
@@ -48,6 +49,5 @@ class CpuGumbelArgmax:
         )
         self._function(ctypes.byref(call))
         if (chosen < 0).any():
-            row = int(np.argmin(chosen))
-            raise ValueError(f"row {row} of the scores holds a NaN, or nothing above -inf")
+            raise ValueError(gumbel.unordered(int(np.argmin(chosen))))
         return chosen.tolist()

@@ -9,7 +9,7 @@ _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
 
 
 class LinearCall(ctypes.Structure):
-    """As in linear.cpp."""
+    """As in calls.h."""
 
     _fields_ = (
         *((name, _POINTER) for name in ("rows", "weight", "bias", "output")),

@@ -81,12 +81,23 @@ def perturbed_argmax(scores: NDArray[np.floating[Any]], draw: Draw) -> int:
     return int(candidates[np.argmax(perturbed)])
 
 
+def unordered(row: int) -> str:
+    """What is said of a row from which nothing can be chosen."""
+    return f"row {row} of the scores holds a NaN, or nothing above -inf"
+
+
 def gumbel_argmax(
     scores: torch.Tensor,  # [num_rows, num_entries], any float dtype
     draws: Sequence[Draw | None],  # a row; None: its largest score, the first of equals
 ) -> list[int]:
-    """One entry a row. Raises ValueError for a row to draw from that holds a NaN."""
-    chosen: list[int] = scores.argmax(dim=-1).tolist()
+    """One entry a row. Raises ValueError for a row that holds a NaN, or nothing above -inf."""
+    if len(draws) != len(scores):
+        raise ValueError(f"draws must be one a row ({len(scores)}), got {len(draws)}")
+    tops, entries = scores.max(dim=-1) if len(draws) > 0 else (scores[:, 0], scores[:, 0])
+    orders_nothing = tops.isnan() | (tops == float("-inf"))
+    if orders_nothing.any():
+        raise ValueError(unordered(int(orders_nothing.int().argmax())))
+    chosen: list[int] = entries.tolist()
     for i, draw in enumerate(draws):
         if draw is not None:
             chosen[i] = perturbed_argmax(scores[i].float().cpu().numpy(), draw)

@@ -70,7 +70,7 @@ def attention_forward(
     attention_mask: torch.Tensor | None,
     *,
     scaling: float,
-    attention_context: AttentionContext,
+    attention_context: AttentionContext | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -79,8 +79,13 @@ def attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """transformers' signature. Masks never come: none is built for our name.
 
-    Raises UnsupportedModel for attention sinks and for bidirectional layers.
+    Raises UnsupportedModel for attention sinks, for bidirectional layers, and where the context
+    does not arrive.
     """
+    if attention_context is None:
+        raise UnsupportedModel(
+            f"{type(module).__name__} is not given the keyword arguments of the model's forward"
+        )
     if s_aux is not None:
         raise UnsupportedModel("attention sinks (s_aux) are not supported")
     if vars(module).get("is_causal") is False:

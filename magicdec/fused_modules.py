@@ -109,19 +109,40 @@ def fuse_modules(model: Any, library: ctypes.CDLL) -> None:
     """Replaces what may be replaced below an fp32 model of transformers on the CPU."""
     register_attention()
     model.set_attn_implementation(ATTENTION_NAME)
-    kernels = CpuElementwise(library)
-    num_fused = num_left = 0
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            fuse = _fusion_of(child)
-            if fuse is None:
-                continue
-            fused = fuse(child, kernels)
-            num_left += fused is None
-            if fused is not None:
-                num_fused += 1
-                setattr(parent, name, fused)
-    logger.info("%d norms, MLPs and attentions fused, %d left as they are", num_fused, num_left)
+    # Of what the model turns by: half of it, where only a part of each head rotates.
+    buffers = model.named_buffers()
+    turned = {2 * len(buffer) for name, buffer in buffers if name.endswith("inv_freq")}
+    found = _fuse_below(model, turned, CpuElementwise(library))
+    kinds = (FusedRmsNorm, FusedMlp, FusedAttention)
+    counts = ", ".join(f"{found.count(kind)} {kind.__name__}" for kind in kinds)
+    logger.info("%s; %d left as they are", counts, found.count(None))
+
+
+def _fuse_below(
+    parent: nn.Module, turned: set[int], kernels: CpuElementwise
+) -> list[type[nn.Module] | None]:
+    """What became of each module of a known kind; one goes before the next is made."""
+    found: list[type[nn.Module] | None] = []
+    for name, child in list(parent.named_children()):
+        fuse = _fusion_of(child)
+        if fuse is None:
+            found += _fuse_below(child, turned, kernels)
+            continue
+        fused = _tried(fuse, child, turned, kernels)
+        found.append(None if fused is None else type(fused))
+        if fused is not None:
+            setattr(parent, name, fused)
+    return found
+
+
+def _tried(fuse: Any, module: Any, turned: set[int], kernels: CpuElementwise) -> nn.Module | None:
+    """None where the trial fails, in whatever way: what is called otherwise is not what we know."""
+    try:
+        fused: nn.Module | None = fuse(module, turned, kernels)
+    except Exception as error:
+        logger.info("%s stays as it is: %s", type(module).__name__, error)
+        return None
+    return fused
 
 
 def _fusion_of(module: nn.Module) -> Any:
@@ -137,7 +158,7 @@ def _fusion_of(module: nn.Module) -> Any:
     return None
 
 
-def _fused_norm(norm: Any, kernels: CpuElementwise) -> nn.Module | None:
+def _fused_norm(norm: Any, turned: set[int], kernels: CpuElementwise) -> nn.Module | None:
     settings = vars(norm)
     epsilon = settings.get("variance_epsilon", settings.get("eps"))
     weight = norm._parameters.get("weight")
@@ -145,38 +166,38 @@ def _fused_norm(norm: Any, kernels: CpuElementwise) -> nn.Module | None:
         return None
     ones = torch.ones(1, len(weight))
     fused = FusedRmsNorm(norm(ones)[0] * (1.0 + epsilon) ** 0.5, epsilon, kernels)
-    rows = _made_up(len(weight))
-    return fused if _agree(fused(rows), norm(rows)) else None
+    same = all(_agree(fused(rows), norm(rows)) for rows in _trials(len(weight)))
+    return fused if same else None
 
 
-def _fused_mlp(mlp: Any, kernels: CpuElementwise) -> nn.Module | None:
+def _fused_mlp(mlp: Any, turned: set[int], kernels: CpuElementwise) -> nn.Module | None:
     if mlp.gate_proj.out_features % DIMS_MULTIPLE:
         return None
-    fused, rows = FusedMlp(mlp, kernels), _made_up(mlp.gate_proj.in_features)
-    return fused if _agree(fused(rows), mlp(rows)) else None
+    fused, trials = FusedMlp(mlp, kernels), _trials(mlp.gate_proj.in_features)
+    return fused if all(_agree(fused(rows), mlp(rows)) for rows in trials) else None
 
 
-def _fused_attention(attention: Any, kernels: CpuElementwise) -> nn.Module | None:
+def _fused_attention(attention: Any, turned: set[int], kernels: CpuElementwise) -> nn.Module | None:
     head_dim = vars(attention).get("head_dim")
-    if not isinstance(head_dim, int) or head_dim % DIMS_MULTIPLE:
+    if not isinstance(head_dim, int) or head_dim % DIMS_MULTIPLE or turned != {head_dim}:
         return None
-    rows, angles = _made_up(attention.q_proj.in_features), _made_up(head_dim // 2).repeat(1, 1, 2)
-    turns, expected, actual = (angles.cos(), angles.sin()), _Recorder(), _Recorder()
-    try:
+    angles = _made_up(head_dim // 2).repeat(1, 1, 2)
+    turns, fused = (angles.cos(), angles.sin()), None
+    for rows in _trials(attention.q_proj.in_features):
+        expected, actual = _Recorder(), _Recorder()
         output, _ = attention(
             hidden_states=rows,
             position_embeddings=turns,
             attention_mask=None,
             attention_context=expected,
         )
-    except TypeError:  # it is called in another way
-        return None
-    (asked,) = expected.asked
-    fused = FusedAttention(attention, asked, kernels)
-    found, _ = fused(rows, turns, attention_context=actual)
-    pairs = zip(actual.asked[0].states, asked.states, strict=True)
-    same = _agree(found, output) and all(_agree(one, other) for one, other in pairs)
-    return fused if same else None
+        (asked,) = expected.asked
+        fused = fused or FusedAttention(attention, asked, kernels)
+        found, _ = fused(rows, turns, attention_context=actual)
+        pairs = zip(actual.asked[0].states, asked.states, strict=True)
+        if not (_agree(found, output) and all(_agree(one, other) for one, other in pairs)):
+            return None
+    return fused
 
 
 def _joined(linears: list[nn.Linear]) -> nn.Linear:
@@ -188,6 +209,12 @@ def _joined(linears: list[nn.Linear]) -> nn.Linear:
     if biases:
         joined.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
     return joined
+
+
+def _trials(num_dims: int) -> list[torch.Tensor]:
+    """Rows of usual size, and such as meet whatever limits a module may set."""
+    rows = _made_up(num_dims)
+    return [rows, 1000.0 * rows]
 
 
 def _made_up(num_dims: int) -> torch.Tensor:

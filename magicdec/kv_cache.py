@@ -50,12 +50,13 @@ class PagedKVCache:
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """On a CPU in huge pages where the kernel has them: a view's keys lie far apart, and looking up
     a small page for each takes as long as reading them."""
-    if device.type != "cpu" or 0 in shape:
+    if device.type != "cpu" or 0 in shape or sys.platform != "linux":
         return torch.zeros(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)  # zeros
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
+    # Not shared, as mmap has it by default: the kernel keeps shared memory in small pages.
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags)  # zeros
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 

@@ -38,7 +38,7 @@ class CostCorrection:
             self._recent.extend([self._log_factor] * len(self._recent))
 
     def observe(self, predicted_seconds: float, measured_seconds: float) -> None:
-        """One step's uncorrected prediction, and the time it took."""
+        """One step's prediction without this correction, and the time it took."""
         usable = 0.0 < predicted_seconds < math.inf and 0.0 < measured_seconds < math.inf
         ratio = measured_seconds / predicted_seconds if usable else 0.0
         if not 1.0 / MAX_ABSURDITY <= ratio <= MAX_ABSURDITY:

@@ -20,6 +20,7 @@ import torch
 from magicdec import __version__
 from magicdec.config import EngineConfig
 from magicdec.cost_model import VERIFY, CostModel, StepCost, StepShape
+from magicdec.kernels.compiled import sources_digest
 from magicdec.model_loader import resolve_checkpoint
 from magicdec.profiling.device_rates import RankDevice
 from magicdec.profiling.step_profile import StepProfile
@@ -65,7 +66,7 @@ class ProfileKey:
             tensor_parallel_size=config.parallel.tensor_parallel_size,
             num_threads=device.num_threads,
             settings=json.dumps(settings, sort_keys=True),
-            versions=f"magicdec {__version__}, torch {torch.__version__}",
+            versions=f"magicdec {__version__}, torch {torch.__version__}, {sources_digest()}",
         )
 
     @property

@@ -33,8 +33,8 @@ class Measurement:
     """Probes to be run once, then those to be timed, in turn and several times.
 
     OBSERVE times one without and one with the observation, of sequences that are new every time;
-    DRAFT rounds of the same sequences, of two draft lengths. `instead` is taken where there is no
-    time for this one.
+    DRAFT rounds of the same sequences, of two draft lengths or one. `instead` is taken where there
+    is no time for this one.
     """
 
     aspect: Aspect

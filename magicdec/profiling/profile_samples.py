@@ -72,9 +72,6 @@ class ProfileSamples:
         num_ranks = config.parallel.tensor_parallel_size
         self._roofline = roofline_cost(hardware.geometry, hardware.device, num_ranks)
         self._draft_model = _draft_model_roofline(hardware)
-        self._copy = replace(  # of K/V into a view: read and written
-            _NOTHING, per_kv_byte=2.0 / hardware.device.bandwidth / num_ranks
-        )
         self._found: dict[str, list[tuple[StepShape, float]]] = defaultdict(list)
         # By drafter: the shape of a step, how many a round had, and its seconds.
         self._rounds: dict[str, list[tuple[StepShape, int, float]]] = defaultdict(list)
@@ -124,7 +121,7 @@ class ProfileSamples:
             [_OBSERVE], replace(verify, fixed=0.0, weights=0.0, per_row=0.0, per_sequence=0.0)
         )
         costs = {VERIFY: verify, PREFILL: self._fit([PREFILL], verify, profile)}
-        begin = self._fit([begin_kind(name) for name in POLICIES], self._copy)
+        begin = self._fit([begin_kind(name) for name in POLICIES], _NOTHING)
         step = self._fit_steps(list(POLICIES), begin, verify, profile)
         for name, policy in POLICIES.items():
             # Views differ, steps do not: fits of their own would have a third of the samples each.

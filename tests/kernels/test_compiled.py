@@ -1,9 +1,5 @@
 """The C++ kernels agree with their oracles, and a row's result does not depend on its batch."""
 
-import ctypes
-import logging
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -12,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from magicdec.kernels import dispatch, reference
-from magicdec.kernels.compiled import CompileError, compiled_library, load_compiled
+from magicdec.kernels.compiled import compiled_library
 from magicdec.kernels.cpu_attention import CpuAttention
 from magicdec.kernels.cpu_linear import PackedLinear, pack_linears
 from magicdec.kernels.paged_layout import PagedLayout
@@ -118,7 +114,7 @@ def test_a_verified_row_is_the_plain_row_bit_for_bit(
     num_own=st.integers(1, 4),
     kv_heads=st.integers(0, 3),
     group_size=st.integers(1, 3),
-    head_dim=st.sampled_from([24, 32]),
+    head_dim=st.sampled_from([16, 24, 80]),
     softcap=st.sampled_from([None, 5.0]),
     dtypes=st.sampled_from(DTYPES),
     seed=st.integers(0, 10_000),
@@ -136,7 +132,9 @@ def test_the_draft_steps_over_a_view_agree_with_the_reference(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     cache = torch.randn(2, kv_heads, 300, head_dim, generator=generator).to(dtypes[1])
-    slots = torch.randint(0, 300 * max(kv_heads, 1), (kv_heads, batch, num_listed))
+    slots = torch.randint(
+        0, 300 * max(kv_heads, 1), (kv_heads, batch, num_listed), generator=generator
+    )
     visible = torch.rand(batch, num_listed + num_own, generator=generator) < 0.7
     visible[:, num_listed] = True
     mask = torch.zeros(visible.shape).masked_fill_(~visible, float("-inf")).to(dtypes[1])
@@ -191,50 +189,6 @@ def test_linears_are_packed_wherever_they_are_but_for_odd_ones() -> None:
         PackedLinear(nn.Linear(8, 2), LIBRARY)(torch.zeros(1, 8).bfloat16())
 
 
-@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
-def test_without_a_working_compiler_the_reason_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: str
-) -> None:
-    monkeypatch.setenv("CXX", compiler)
-    with pytest.raises(CompileError, match=compiler):
-        load_compiled(tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_folder_that_cannot_be_written_is_a_reason(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(CompileError, match="file"):
-        load_compiled(tmp_path / "file" / "folder")
-
-
-def test_a_library_is_compiled_once_and_a_damaged_one_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    load_compiled(tmp_path)
-    (library,) = tmp_path.iterdir()
-    written = library.stat().st_mtime_ns
-    assert isinstance(load_compiled(tmp_path), ctypes.CDLL)
-    assert library.stat().st_mtime_ns == written
-    other = tmp_path / "other" / library.name
-    other.parent.mkdir()
-    other.write_text("not a library")
-    assert isinstance(load_compiled(other.parent), ctypes.CDLL)
-    assert other.stat().st_size == library.stat().st_size
-    with monkeypatch.context() as patched:
-        patched.setenv("CXX", "no-such-compiler")
-        assert isinstance(load_compiled(tmp_path), ctypes.CDLL)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_compiled_backend_is_chosen_on_a_cpu(dtype: torch.dtype) -> None:
     assert dispatch.select_backend(torch.device("cpu"), dtype).name == "compiled-cpu"
-
-
-def test_torch_serves_where_nothing_can_be_compiled(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(dispatch, "compiled_library", lambda: None)
-    with caplog.at_level(logging.INFO):
-        backend = dispatch.select_backend(torch.device("cpu"), torch.float32)
-    assert backend is dispatch.TORCH_FLASH_CPU
-    assert "attention backend: torch-flash-cpu" in caplog.text

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from magicdec.kernels import reference
 from magicdec.kernels.compiled import compiled_library
 from magicdec.kernels.cpu_gumbel import CpuGumbelArgmax
+from magicdec.kernels.dispatch import select_gumbel_argmax
 from magicdec.kernels.gumbel import (
     Draw,
     Role,
@@ -85,15 +86,17 @@ def test_compiled_code_chooses_the_same_entries(
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
-def test_compiled_code_refuses_scores_that_order_nothing(bad: float) -> None:
-    library = compiled_library()
-    if library is None:
-        pytest.skip("there is no compiler here")
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_scores_that_order_nothing_are_refused(bad: float, device: str) -> None:
+    """By compiled code as by that which serves other devices."""
+    choose = select_gumbel_argmax(torch.device(device))
     scores = torch.zeros(3, 41)
     scores[1] = bad
     for draw in (None, Draw(1, 2)):
         with pytest.raises(ValueError, match="row 1 of the scores holds a NaN, or nothing above"):
-            CpuGumbelArgmax(library)(scores, [None, draw, None])
+            choose(scores, [None, draw, None])
+    with pytest.raises(ValueError, match=r"draws must be one a row \(3\), got 2"):
+        choose(scores, [None, None])
 
 
 def test_a_longer_draw_begins_with_the_shorter_one() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, NemotronConfig
 
 from magicdec.attention import UnsupportedModel
 from magicdec.config import CacheConfig, ConfigError, EngineConfig, ModelConfig
@@ -263,4 +263,18 @@ def test_a_model_with_its_own_attention_is_refused(
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     model.model.layers[layer].self_attn = OwnAttention()
     with pytest.raises(UnsupportedModel, match=words):
+        describe_model(model, "float32")
+
+
+def test_a_model_that_keeps_the_context_from_its_attention_is_refused() -> None:
+    config = NemotronConfig(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        pad_token_id=None,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(UnsupportedModel, match="NemotronAttention is not given"):
         describe_model(model, "float32")

@@ -1,11 +1,12 @@
 """Fused layers compute what transformers' own do, and what differs is left alone."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import GlmConfig, OlmoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from magicdec.fused_modules import FusedAttention, FusedMlp, FusedRmsNorm, fuse_modules
@@ -25,6 +26,8 @@ FUSED = {
     "qwen3": (FusedRmsNorm, FusedMlp),
     "gemma2": (FusedRmsNorm, FusedAttention),
     "gemma3": (FusedRmsNorm,),
+    "glm": (FusedRmsNorm,),
+    "olmo": (FusedMlp,),
 }
 
 
@@ -44,9 +47,23 @@ class Sums:
         return (query + (key * value).repeat_interleave(per_head, dim=0)) * scale / 100 + layer
 
 
+SHAPE = vars(FAMILIES["llama"]())
+# A rotation of half a head, and a clamp that rows of usual size do not meet.
+OTHERS: dict[str, Callable[[], PretrainedConfig]] = {
+    "glm": lambda: GlmConfig(**_shape(), pad_token_id=None),
+    "olmo": lambda: OlmoConfig(**_shape(), clip_qkv=50.0),
+}
+
+
+def _shape() -> dict[str, Any]:
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    heads = ("num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings")
+    return {name: SHAPE[name] for name in (*names, *heads)}
+
+
 def made(family: str) -> Any:
     """With heads wide enough for the kernels."""
-    config: PretrainedConfig = FAMILIES[family]()
+    config: PretrainedConfig = {**FAMILIES, **OTHERS}[family]()
     config.head_dim = 32
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()

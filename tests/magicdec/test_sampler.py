@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from magicdec.kernels.dispatch import select_gumbel_argmax
+from magicdec.kernels.gumbel import gumbel_argmax
 from magicdec.sampler import Sampler, SamplerRow
 from magicdec.types import SamplingParams
 
@@ -103,3 +105,25 @@ def test_a_bias_moves_one_entry() -> None:
     assert Sampler([EOS]).sample(LOGITS[None], [row(SamplingParams(temperature=0.0))]) == [
         int(LOGITS.argmax())
     ]
+
+
+def test_rows_of_every_kind_choose_beside_each_other_what_they_choose_alone() -> None:
+    kinds = [
+        SamplingParams(temperature=0.0),
+        SamplingParams(temperature=0.0, repetition_penalty=1.5),
+        SamplingParams(temperature=0.6, seed=1),
+        SamplingParams(temperature=1.4, seed=2),
+        SamplingParams(temperature=0.9, top_p=0.5, seed=3),
+        SamplingParams(temperature=1.0, top_k=3, min_p=0.1, seed=4),
+        SamplingParams(temperature=1.0, logit_bias=((7, 4.0),), seed=5),
+        SamplingParams(temperature=0.0, min_tokens=16),
+    ]
+    logits = torch.randn(len(kinds), VOCAB_SIZE, generator=torch.Generator().manual_seed(1)) * 3
+    logits[-1, EOS] = 100.0
+    rows = [row(sampling, history=[1, 2, 3, 4, 5, 6]) for sampling in kinds]
+    for choose in (gumbel_argmax, select_gumbel_argmax(torch.device("cpu"))):
+        sampler, before = Sampler([EOS], choose), logits.clone()
+        alone = [sampler.sample(logits[i : i + 1], [r])[0] for i, r in enumerate(rows)]
+        assert sampler.sample(logits, rows) == alone
+        assert alone[-1] != EOS
+        assert torch.equal(logits, before)

@@ -73,7 +73,6 @@ def test_a_view_holds_sink_recent_window_and_the_heaviest_keys_within_its_budget
     num_first_layers: int,
     seed: int,
 ) -> None:
-    """Slots are told apart by their keys: slot s of head h holds the number (h, s)."""
     config = SelectionConfig(
         num_sink_tokens=4, num_recent_tokens=6, num_first_layers=num_first_layers
     )
@@ -83,7 +82,6 @@ def test_a_view_holds_sink_recent_window_and_the_heaviest_keys_within_its_budget
     generator = torch.Generator().manual_seed(seed)
     for k in cache.k:
         k.copy_(torch.randn(k.shape, generator=generator))
-        k[:, :, 0] = torch.arange(num_blocks * block_size)
     order = torch.randperm(num_blocks, generator=generator).numpy()
     rows = [min(num_rows, c) for c in context_lens]
     tables = tuple(order[30 * i : 30 * (i + 1)] for i in range(len(context_lens)))
