@@ -10,6 +10,8 @@ import torch
 
 from magicdec.config import CacheConfig, check_at_least
 
+_NOISE_SLOTS = 4096  # after which the noise of unwritten slots repeats
+
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
@@ -43,18 +45,33 @@ class PagedKVCache:
         self.block_size = block_size
         self.num_blocks = num_blocks
         shapes = [(s.num_kv_heads, num_blocks * block_size, s.head_dim) for s in layers]
-        self.k = [_zeros(shape, dtype, device) for shape in shapes]
-        self.v = [_zeros(shape, dtype, device) for shape in shapes]
+        self.k = [_pages(shape, dtype, device) for shape in shapes]
+        self.v = [_pages(shape, dtype, device) for shape in shapes]
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """On a CPU in huge pages where the kernel has them: a view's keys lie far apart, and looking up
-    a small page for each takes as long as reading them."""
-    if device.type != "cpu" or 0 in shape or sys.platform != "linux":
+def _pages(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros on a GPU, noise on a CPU, where pages that nobody has written are all one page of the
+    kernel's: a start-up profile would read that from the processor's cache, and every key would
+    weigh the same."""
+    if device.type != "cpu" or 0 in shape:
         return torch.zeros(shape, dtype=dtype, device=device)
+    pages = _huge_pages(shape, dtype)
+    _, num_slots, head_dim = shape
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(min(num_slots, _NOISE_SLOTS), head_dim, generator=generator).to(dtype)
+    for start in range(0, num_slots, len(noise)):
+        pages[:, start : start + len(noise)] = noise[: num_slots - start]
+    return pages
+
+
+def _huge_pages(shape: tuple[int, int, int], dtype: torch.dtype) -> torch.Tensor:
+    """Huge pages, where the kernel has them: a view's keys lie far apart, and looking up a small
+    page for each takes as long as reading them."""
+    if sys.platform != "linux":
+        return torch.empty(shape, dtype=dtype)
     # Not shared, as mmap has it by default: the kernel keeps shared memory in small pages.
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags)  # zeros
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags)
     with contextlib.suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)

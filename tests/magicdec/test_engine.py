@@ -273,6 +273,8 @@ def test_a_model_that_keeps_the_context_from_its_attention_is_refused() -> None:
         intermediate_size=32,
         num_hidden_layers=1,
         num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
         pad_token_id=None,
     )
     model = AutoModelForCausalLM.from_config(config)
