@@ -9,15 +9,28 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from magicdec.kernels import paged_attention, reference, sparse_attention
+from magicdec.kernels import paged_attention, reference, selection, sparse_attention
 from magicdec.kernels.compiled import compiled_library
 from magicdec.kernels.cpu_attention import CpuAttention
+from magicdec.kernels.cpu_attention_mass import CpuAttentionMass
 from magicdec.kernels.cpu_gumbel import CpuGumbelArgmax
 from magicdec.kernels.gumbel import Draw, gumbel_argmax
 from magicdec.kernels.paged_layout import PagedLayout
 from magicdec.kernels.sparse_attention import CopiedView, MakeView
 
 logger = logging.getLogger(__name__)
+
+
+class AttentionMass(Protocol):
+    def __call__(
+        self,
+        query: torch.Tensor,
+        k_cache: torch.Tensor,
+        layout: PagedLayout,
+        sequence: int,
+        scaling: float,
+        softcap: float | None = None,
+    ) -> torch.Tensor: ...
 
 
 class PagedAttentionKernel(Protocol):
@@ -35,11 +48,13 @@ class PagedAttentionKernel(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class AttentionBackend:
-    """The two attentions of a round: over pages, and over the draft's view of them."""
+    """The attentions of a round, over pages and over the draft's view of them; and its mass, by
+    which views are chosen."""
 
     name: str
     paged: PagedAttentionKernel
     view: MakeView
+    mass: AttentionMass = selection.attention_mass
 
 
 REFERENCE = AttentionBackend(
@@ -78,8 +93,8 @@ def _compiled() -> list[AttentionBackend]:
     library = compiled_library()
     if library is None:
         return []
-    attention = CpuAttention(library)
-    return [AttentionBackend("compiled-cpu", attention.paged, attention.view)]
+    attention, mass = CpuAttention(library), CpuAttentionMass(library)
+    return [AttentionBackend("compiled-cpu", attention.paged, attention.view, mass)]
 
 
 def _probe(backend: AttentionBackend, dtype: torch.dtype) -> float:

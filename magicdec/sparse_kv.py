@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from magicdec.batch import ScheduledSequence
 from magicdec.config import OBSERVATION_WINDOW, SelectionConfig
+from magicdec.kernels.dispatch import AttentionMass
 from magicdec.kernels.paged_layout import PagedLayout
-from magicdec.kernels.selection import attention_mass, select_top
+from magicdec.kernels.selection import select_top
 
 _POOL_SIZE = 5  # SnapKV's average over neighbours (MagicDec section 5)
 
@@ -115,9 +116,14 @@ class SelectionObserver:
     """
 
     def __init__(
-        self, observations: Sequence[Observation], layout: PagedLayout, config: SelectionConfig
+        self,
+        observations: Sequence[Observation],
+        layout: PagedLayout,
+        config: SelectionConfig,
+        mass: AttentionMass,
     ) -> None:
         self._observations = observations
+        self._mass = mass
         self._layout = layout
         self._config = config
         self._row_stops = np.cumsum(layout.query_lens)
@@ -144,7 +150,7 @@ class SelectionObserver:
             stop = observation.selection.observed_len - self._config.num_recent_tokens
             end = int(self._row_stops[observation.index])
             rows = query[:, end - observation.num_rows : end]
-            mass = attention_mass(rows, k_cache, self._layout, observation.index, scaling, softcap)
+            mass = self._mass(rows, k_cache, self._layout, observation.index, scaling, softcap)
             budget = layer_budget(self._config, layer, observation.draft_budget)
             first = self._config.num_sink_tokens
             positions = select_top(

@@ -31,6 +31,18 @@ struct AttentionCall {
   int32_t num_threads;
 };
 
+struct MassCall {
+  const void* query;  // the last rows of one sequence, [head, row, head_dim] by its strides
+  const void* keys;   // [num_kv_heads, num_slots, head_dim]
+  float* mass;        // [num_kv_heads, num_keys]
+  const int64_t* table;  // the sequence's blocks
+  int64_t num_rows, num_keys, block_size;
+  int64_t query_head_stride, query_row_stride, kv_head_stride;
+  int64_t num_query_heads, num_kv_heads, head_dim;
+  float scaling, softcap;  // 0: none
+  int32_t num_threads;
+};
+
 struct LinearCall {
   const float* rows;  // [num_rows, num_inputs]
   const uint32_t* weight;

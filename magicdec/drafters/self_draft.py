@@ -101,7 +101,9 @@ class SelfDrafter:
                 # The prompt's rows are a guess at what the answer needs: its first round corrects.
                 due = 0 if sequence.is_decode_row else self._config.refresh_rounds
                 self._rounds_since[sequence.sequence_id] = due
-        return SelectionObserver(observations, layout, self._config) if observations else None
+        if not observations:
+            return None
+        return SelectionObserver(observations, layout, self._config, self._backend.mass)
 
     def release(self, sequence_ids: Sequence[int]) -> None:
         """See Drafter.release."""

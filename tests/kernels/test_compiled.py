@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from magicdec.kernels import dispatch, reference
+from magicdec.kernels import dispatch, reference, selection
 from magicdec.kernels.compiled import compiled_library
 from magicdec.kernels.cpu_attention import CpuAttention
+from magicdec.kernels.cpu_attention_mass import CpuAttentionMass
 from magicdec.kernels.cpu_linear import PackedLinear, pack_linears
 from magicdec.kernels.paged_layout import PagedLayout
 from tests.kernels.layouts import make_layout
@@ -192,3 +193,41 @@ def test_linears_are_packed_wherever_they_are_but_for_odd_ones() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_compiled_backend_is_chosen_on_a_cpu(dtype: torch.dtype) -> None:
     assert dispatch.select_backend(torch.device("cpu"), dtype).name == "compiled-cpu"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    context_len=st.integers(0, 1300),
+    num_rows=st.sampled_from([1, 2, 5, 32]),
+    num_others=st.integers(0, 3),
+    block_size=st.sampled_from([1, 8, 64]),
+    kv_heads=st.integers(0, 3),
+    group_size=st.sampled_from([1, 3, 8]),
+    head_dim=st.sampled_from([16, 64, 80]),
+    softcap=st.sampled_from([None, 5.0]),
+    dtypes=st.sampled_from(DTYPES),
+    seed=st.integers(0, 10_000),
+)
+def test_the_mass_of_the_last_rows_agrees_with_torch(
+    context_len: int,
+    num_rows: int,
+    num_others: int,
+    block_size: int,
+    kv_heads: int,
+    group_size: int,
+    head_dim: int,
+    softcap: float | None,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    seed: int,
+) -> None:
+    """Torch's is held to the reference in test_selection.py. `num_others` rows come before."""
+    query_len = num_rows + num_others
+    layout, num_blocks = make_layout([context_len], [query_len], block_size, False, seed)
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(num_rows, kv_heads * group_size, head_dim, generator=generator)
+    pages = torch.randn(kv_heads, num_blocks * block_size, head_dim, generator=generator)
+    query, k_cache = rows.to(dtypes[0]).transpose(0, 1), pages.to(dtypes[1])
+    case = (query, k_cache, layout, 0, head_dim**-0.5, softcap)
+    assert LIBRARY is not None
+    actual, expected = CpuAttentionMass(LIBRARY)(*case), selection.attention_mass(*case)
+    torch.testing.assert_close(actual, expected, atol=2e-5 * num_rows, rtol=1e-4)

@@ -91,7 +91,7 @@ def test_a_view_holds_sink_recent_window_and_the_heaviest_keys_within_its_budget
         Observation(i, r, draft_budget, 5, 1, 1.0, Selection(c))
         for i, (c, r) in enumerate(zip(context_lens, rows, strict=True))
     ]
-    observer = SelectionObserver(observations, observed, config)
+    observer = SelectionObserver(observations, observed, config, REFERENCE.mass)
     query = torch.randn(4, sum(rows), 8, generator=generator) * 0.01
     for layer in range(3):
         observer.observe(
