@@ -7,6 +7,7 @@ SERVE_ARGS ?=
 PYTEST_ARGS ?=
 BENCH ?= decode serving
 BENCH_ARGS ?=
+CORPUS ?=
 
 VENV := .venv
 RUN := $(VENV)/bin/python -m
@@ -30,7 +31,7 @@ IMPORTS := import deepspeed, fastapi, gguf, ray.serve, torch, transformers, magi
 LINT_IMPORTS := from importlinter.cli import lint_imports_command as run; run()
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-slow lint format bench clean
+.PHONY: help install serve test test-slow lint format bench bench-peers clean
 
 help: ## Say what the targets do
 	@echo "make serve [DTYPE=float32] [PORT=8000] [MODEL=folder|hub id] [SERVE_ARGS=...]"
@@ -82,6 +83,9 @@ format: install ## Reformat the code and sort its imports
 bench: install ## Measure; BENCH=decode BENCH_ARGS="--text long.txt" for one script
 	@for name in $(BENCH); do echo "bench: $$name"; \
 		$(RUN) tests.benchmarks.bench_$$name $(BENCH_ARGS) || exit 1; done
+
+bench-peers: install ## Beside vLLM and transformers: CORPUS=documents.jsonl.zst, minutes to an hour
+	@$(RUN) tests.benchmarks.bench_peers --corpus "$(CORPUS)" $(BENCH_ARGS)
 
 clean: ## Remove caches and build outputs, not .venv
 	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

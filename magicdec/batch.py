@@ -25,6 +25,7 @@ class Plan:
     draft_lengths: Mapping[str, int] = field(default_factory=dict)  # by request id, that differ
     max_prefill_rows: int | None = None  # None: all that the token budget leaves
     prompt_drafter: str | None = None  # whose view a prompt's last chunk seeds; None: drafter's
+    explores: bool = False  # one round to learn by: what serves later ones alone is put off
 
     def draft_length_of(self, request_id: str) -> int:
         return self.draft_lengths.get(request_id, self.draft_length)
@@ -41,6 +42,7 @@ class DraftChoice:
     draft_length: int
     draft_budget: int
     needs_history: bool
+    may_refresh: bool = True  # whether a decode row's attention may choose its view again
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,8 +32,17 @@ class _Window:
 
 
 @dataclass(frozen=True, slots=True)
+class _Columns:
+    """What layers alike in budget, window and KV heads read: selected columns, then the shared."""
+
+    slots: torch.Tensor  # [len(layers), num_kv_heads, batch, num_columns - draft_length]
+    layers: tuple[int, ...]  # those that have a selection; else none, and one view serves all
+    window: _Window
+
+
+@dataclass(frozen=True, slots=True)
 class _View:
-    """One layer's columns: selected ones, then those of its _Window."""
+    """One layer's columns."""
 
     slots: torch.Tensor  # [num_kv_heads, batch, num_columns - draft_length]
     kernel: DraftView
@@ -66,8 +75,9 @@ class DraftAttention:
         self._draft_budgets = draft_budgets
         self._selections = selections
         self._windows: dict[tuple[bool, int | None], _Window] = {}
+        self._columns: dict[tuple[bool, int | None, int], _Columns] = {}
         self._views: dict[int, _View] = {}
-        self._masks: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
+        self._masks: dict[tuple[int, int, tuple[int, ...]], torch.Tensor] = {}
         self._step = -1
         self._device = cache.k[0].device
         self._context_lens = torch.tensor(layout.context_lens, device=self._device)
@@ -97,27 +107,58 @@ class DraftAttention:
         return view.kernel.attend(query, key, value, self._step, mask, scaling, softcap)
 
     def _view(self, layer: int, sliding_window: int | None) -> _View:
-        key = (layer < self._config.num_first_layers, sliding_window)
+        k_cache, v_cache = self._cache.k[layer], self._cache.v[layer]
+        key = (self._is_first(layer), sliding_window, k_cache.shape[0])
+        if key not in self._columns:
+            self._columns[key] = self._gather(layer, sliding_window)
+        columns = self._columns[key]
+        index = columns.layers.index(layer) if columns.layers else 0
+        counts = tuple(
+            min(limit, s.slots[layer].shape[1]) if limit and s is not None else 0
+            for s, limit in zip(self._selections, columns.window.num_selected, strict=True)
+        )
+        slots = columns.slots[index]
+        kernel = self._backend.view(k_cache, v_cache, slots, self._draft_length)
+        return _View(slots, kernel, counts, columns.window)
+
+    def _gather(self, layer: int, sliding_window: int | None) -> _Columns:
+        """For all layers alike at once: layer by layer it would take as long as a draft step."""
+        window = self._shared(layer, sliding_window)
+        num_kv_heads, num_slots = self._cache.k[layer].shape[:2]
+        heads = torch.arange(num_kv_heads, device=self._device)[:, None, None] * num_slots
+        shared = heads + window.slots
+        selecting = [
+            (i, selection, limit)
+            for i, (selection, limit) in enumerate(
+                zip(self._selections, window.num_selected, strict=True)
+            )
+            if limit > 0 and selection is not None
+        ]
+        if not selecting:
+            return _Columns(shared[None], (), window)
+        layers = tuple(
+            other
+            for other in selecting[0][1].slots
+            if self._is_first(other) == self._is_first(layer)
+            and self._cache.k[other].shape[0] == num_kv_heads
+        )
+        chosen = [(i, s.stacked(layers)[:, :, :limit]) for i, s, limit in selecting]
+        width = max(own.shape[2] for _, own in chosen)
+        # What no sequence selects is hidden by the mask, yet read all the same.
+        padding = heads.expand(len(layers), -1, len(self._selections), width)
+        slots = torch.cat([padding, shared.expand(len(layers), -1, -1, -1)], dim=3)
+        for i, own in chosen:
+            slots[:, :, i, : own.shape[2]] = own
+        return _Columns(slots, layers, window)
+
+    def _is_first(self, layer: int) -> bool:
+        return layer < self._config.num_first_layers
+
+    def _shared(self, layer: int, sliding_window: int | None) -> _Window:
+        key = (self._is_first(layer), sliding_window)
         if key not in self._windows:
             self._windows[key] = self._window(layer, sliding_window)
-        window = self._windows[key]
-        k_cache, v_cache = self._cache.k[layer], self._cache.v[layer]
-        num_kv_heads, num_slots = k_cache.shape[:2]
-        heads = torch.arange(num_kv_heads, device=self._device)[:, None, None] * num_slots
-        slots = heads + window.slots
-        selected = [
-            None if s is None or layer not in s.slots else s.slots[layer][:, :limit]
-            for s, limit in zip(self._selections, window.num_selected, strict=True)
-        ]
-        counts = tuple(0 if s is None else s.shape[1] for s in selected)
-        if max(counts) > 0:
-            columns = heads.repeat(1, len(counts), max(counts))
-            for i, own in enumerate(selected):
-                if own is not None:
-                    columns[:, i, : own.shape[1]] = own
-            slots = torch.cat([columns, slots], dim=2)
-        kernel = self._backend.view(k_cache, v_cache, slots, self._draft_length)
-        return _View(slots, kernel, counts, window)
+        return self._windows[key]
 
     def _window(self, layer: int, sliding_window: int | None) -> _Window:
         """Sink and recent window of every sequence, and the room that its selection has."""
@@ -158,14 +199,15 @@ class DraftAttention:
     def _mask(self, view: _View) -> torch.Tensor:
         """Additive [batch, num_columns]: -inf for padding, for columns not yet written, and
         beyond the window."""
-        key = (id(view.window), view.num_selected)
+        window = view.window
+        num_selected = view.slots.shape[2] - window.slots.shape[1]
+        key = (id(window), num_selected, view.num_selected)
         if key not in self._masks:
-            window = view.window
             row = (self._context_lens + self._step)[:, None]
             visible = (window.positions >= 0) & (window.positions <= row)
             if window.sliding_window is not None:
                 visible &= row - window.positions < window.sliding_window
-            columns = torch.arange(max(view.num_selected), device=self._device)
+            columns = torch.arange(num_selected, device=self._device)
             counts = torch.tensor(view.num_selected, device=self._device)
             visible = torch.cat([columns < counts[:, None], visible], dim=1)
             mask = torch.zeros(visible.shape, dtype=self._cache.k[0].dtype, device=self._device)

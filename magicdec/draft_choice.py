@@ -78,7 +78,8 @@ def choose_draft(
     traits = TRAITS[drafter]
     if traits.reads_view and min(budget, context_len) > config.max_view_share * context_len:
         length = 0
-    return DraftChoice(drafter, length, budget, length > 0 and traits.needs_history)
+    needs_history = length > 0 and traits.needs_history
+    return DraftChoice(drafter, length, budget, needs_history, may_refresh=not plan.explores)
 
 
 def _refuse(field: str, reason: str) -> None:

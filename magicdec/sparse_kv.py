@@ -56,6 +56,23 @@ class Selection:
 
     observed_len: int  # tokens of the sequence then
     slots: dict[int, torch.Tensor] = field(default_factory=dict)  # [num_kv_heads, n], best first
+    _stacked: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
+
+    def stacked(self, layers: tuple[int, ...]) -> torch.Tensor:
+        """Of layers alike in KV heads, all observed: [len(layers), num_kv_heads, n].
+
+        A layer with fewer slots repeats its first one. Put together once: a selection serves many
+        rounds.
+        """
+        if layers not in self._stacked:
+            own = [self.slots[layer] for layer in layers]
+            width = max(slots.shape[1] for slots in own)
+            padded = [
+                torch.cat([slots, slots[:, :1].expand(-1, width - slots.shape[1])], dim=1)
+                for slots in own
+            ]
+            self._stacked[layers] = torch.stack(padded)
+        return self._stacked[layers]
 
     def num_recent(self, config: SelectionConfig, context_len: int, num_keys: int) -> int:
         """The recent window, grown by the tokens since, up to half of what the sink leaves."""

@@ -113,6 +113,7 @@ class AdaptivePolicy:
             draft_lengths=self.chosen.draft_lengths,
             max_prefill_rows=self._load.num_prefill_rows,
             prompt_drafter=self._prompt_drafter,
+            explores=self.chosen.explores,
         )
 
     def observe(self, batch: Batch, result: StepResult, seconds: float) -> None:

@@ -121,8 +121,14 @@ class SelfDrafter:
         self, index: int, sequence: ScheduledSequence, num_rows: int
     ) -> Observation | None:
         """What this verify forward is to show of one sequence, if anything."""
-        policy = POLICIES.get(sequence.draft.drafter) if sequence.draft is not None else None
-        if policy is None or not policy.observes_prompt or sequence.sampling is None:
+        draft = sequence.draft
+        policy = None if draft is None else POLICIES.get(draft.drafter)
+        if (
+            draft is None
+            or policy is None
+            or not policy.observes_prompt
+            or sequence.sampling is None
+        ):
             return None
         if not sequence.is_decode_row:
             return observe_prompt(index, sequence)
@@ -130,7 +136,7 @@ class SelfDrafter:
             return None
         rounds = self._rounds_since.get(sequence.sequence_id, self._config.refresh_rounds) + 1
         self._rounds_since[sequence.sequence_id] = rounds
-        if rounds < self._config.refresh_rounds:
+        if rounds < self._config.refresh_rounds or not draft.may_refresh:
             return None
         return observe_round(index, sequence, num_rows, self._config)
 

@@ -41,7 +41,7 @@ def measure_device(
         memory_bytes=_memory_bytes(device),
         fixed_seconds=0.0,
     )
-    return RankDevice(_name(device), torch.get_num_threads(), weight_element_bytes, rates)
+    return RankDevice(device_name(device), torch.get_num_threads(), weight_element_bytes, rates)
 
 
 @torch.inference_mode()
@@ -84,7 +84,8 @@ def _memory_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's as its system tells it."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     cpuinfo = Path("/proc/cpuinfo")

@@ -9,7 +9,6 @@ cache keeps them from being prefilled again. Cells that the results file holds a
 """
 
 import os
-import platform
 import re
 import shlex
 import sys
@@ -24,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from magicdec.config import DraftModelConfig, SelectionConfig
 from magicdec.deployments.embedded_model import resolve_model
 from magicdec.model_loader import load_tokenizer
+from magicdec.profiling.device_rates import device_name
 from tests.benchmarks.acceptance_cells import (
     VIEW_DRAFTERS,
     Block,
@@ -177,14 +177,8 @@ def machine_name() -> str:
     """What the model runs on: the GPU where there is one, as the runner chooses."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{cpu_name()}, {os.cpu_count()} cores, torch threads {torch.get_num_threads()}"
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    name = device_name(torch.device("cpu"))
+    return f"{name}, {os.cpu_count()} cores, torch threads {torch.get_num_threads()}"
 
 
 if __name__ == "__main__":

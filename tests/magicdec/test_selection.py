@@ -1,5 +1,6 @@
 """What `snapkv` and `recycled` read: the keys that attention weighed most, a layer and head."""
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -212,3 +213,25 @@ def test_recycled_takes_a_selection_in_the_first_round_and_then_every_so_many(
     gaps = {b - a for a, b in pairwise(changes)}
     assert gaps == {refresh_rounds}
     assert changes[0] == 1  # the prompt's selection serves one round
+
+
+def test_a_round_that_explores_puts_the_refresh_off(
+    tiny_model_dir: Path, make_engine: EngineFactory
+) -> None:
+    config = engine_config(
+        tiny_model_dir, draft_length=2, draft_budget=20, drafter="recycled", refresh_rounds=1
+    )
+    engine = make_engine(config)
+    engine.add(requests_of(random_prompts([100]), GREEDY)[0])
+    plan = Plan("recycled", 2, 20)
+    while not engine.step():
+        pass
+    seen = []
+    for explores in (True, False, True, True, False):  # the first one has the prompt's selection
+        engine.policy = FixedPolicy(replace(plan, explores=explores))
+        engine.step()
+        (selection,) = self_drafter(engine)._selections.values()
+        seen.append(selection)
+    assert seen[1] is not seen[0]
+    assert seen[1] is seen[2] is seen[3]
+    assert seen[4] is not seen[3]
