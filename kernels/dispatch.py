@@ -14,8 +14,10 @@ from magicdec.kernels.compiled import compiled_library
 from magicdec.kernels.cpu_attention import CpuAttention
 from magicdec.kernels.cpu_attention_mass import CpuAttentionMass
 from magicdec.kernels.cpu_gumbel import CpuGumbelArgmax
+from magicdec.kernels.cpu_largest import CpuLargest
 from magicdec.kernels.gumbel import Draw, gumbel_argmax
 from magicdec.kernels.paged_layout import PagedLayout
+from magicdec.kernels.selection import LargestIndices
 from magicdec.kernels.sparse_attention import CopiedView, MakeView
 
 logger = logging.getLogger(__name__)
@@ -48,13 +50,14 @@ class PagedAttentionKernel(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class AttentionBackend:
-    """The attentions of a round, over pages and over the draft's view of them; and its mass, by
-    which views are chosen."""
+    """The attentions of a round, over pages and over the draft's view of them; and its mass, whose
+    largest entries a view is chosen by."""
 
     name: str
     paged: PagedAttentionKernel
     view: MakeView
     mass: AttentionMass = selection.attention_mass
+    largest: LargestIndices = selection.largest_indices
 
 
 REFERENCE = AttentionBackend(
@@ -93,8 +96,8 @@ def _compiled() -> list[AttentionBackend]:
     library = compiled_library()
     if library is None:
         return []
-    attention, mass = CpuAttention(library), CpuAttentionMass(library)
-    return [AttentionBackend("compiled-cpu", attention.paged, attention.view, mass)]
+    attention, mass, largest = CpuAttention(library), CpuAttentionMass(library), CpuLargest(library)
+    return [AttentionBackend("compiled-cpu", attention.paged, attention.view, mass, largest)]
 
 
 def _probe(backend: AttentionBackend, dtype: torch.dtype) -> float:

@@ -1,9 +1,23 @@
 """Which keys attention weighs most: the scores and the choice behind `snapkv` and `recycled`."""
 
+from typing import Protocol
+
 import torch
 from torch.nn.functional import avg_pool1d
 
 from magicdec.kernels.paged_layout import PagedLayout
+
+
+class LargestIndices(Protocol):
+    def __call__(self, scores: torch.Tensor, count: int) -> torch.Tensor: ...
+
+
+def largest_indices(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Of each row of fp32 [num_rows, num_entries], largest first: int64 [num_rows, count].
+
+    `count` is at most num_entries. Which of equal entries comes first is not said.
+    """
+    return scores.topk(count, dim=1).indices
 
 
 def attention_mass(
@@ -49,6 +63,7 @@ def select_top(
     pool_size: int = 1,
     chunk_size: int = 1,
     coverage: float = 1.0,
+    largest: LargestIndices = largest_indices,
 ) -> torch.Tensor:
     """The positions in first..stop-1 that hold most of the mass, a KV head, best first.
 
@@ -67,7 +82,7 @@ def select_top(
     if pool_size > 1:
         pooled = avg_pool1d(mass[:, None], pool_size, stride=1, padding=pool_size // 2)
         candidates = pooled[:, 0, first:stop]
-    chosen = _best_chunks(candidates, count, chunk_size)
+    chosen = _best_chunks(candidates, count, chunk_size, largest)
     if coverage < 1.0:
         inside = mass[:, first:stop]
         held = inside.gather(1, chosen).cumsum(dim=1)
@@ -77,12 +92,14 @@ def select_top(
     return chosen + first
 
 
-def _best_chunks(candidates: torch.Tensor, count: int, chunk_size: int) -> torch.Tensor:
+def _best_chunks(
+    candidates: torch.Tensor, count: int, chunk_size: int, largest: LargestIndices
+) -> torch.Tensor:
     if chunk_size == 1:
-        return candidates.topk(count, dim=1).indices
+        return largest(candidates, count)
     num_kv_heads, num_candidates = candidates.shape
     num_chunks = num_candidates // chunk_size
     whole = candidates[:, : num_chunks * chunk_size].reshape(num_kv_heads, num_chunks, chunk_size)
-    best = whole.sum(dim=2).topk(min(count // chunk_size, num_chunks), dim=1).indices
+    best = largest(whole.sum(dim=2), min(count // chunk_size, num_chunks))
     offsets = torch.arange(chunk_size, device=candidates.device)
     return (best[:, :, None] * chunk_size + offsets).flatten(1)

@@ -114,7 +114,7 @@ class DraftAttention:
         columns = self._columns[key]
         index = columns.layers.index(layer) if columns.layers else 0
         counts = tuple(
-            min(limit, s.slots[layer].shape[1]) if limit and s is not None else 0
+            min(limit, s.positions[layer].shape[1]) if limit and s is not None else 0
             for s, limit in zip(self._selections, columns.window.num_selected, strict=True)
         )
         slots = columns.slots[index]
@@ -138,17 +138,18 @@ class DraftAttention:
             return _Columns(shared[None], (), window)
         layers = tuple(
             other
-            for other in selecting[0][1].slots
+            for other in selecting[0][1].positions
             if self._is_first(other) == self._is_first(layer)
             and self._cache.k[other].shape[0] == num_kv_heads
         )
-        chosen = [(i, s.stacked(layers)[:, :, :limit]) for i, s, limit in selecting]
+        tables, size = self._layout.block_tables, self._layout.block_size
+        chosen = [(i, s.slots(layers, tables[i], size)[:, :, :n]) for i, s, n in selecting]
         width = max(own.shape[2] for _, own in chosen)
         # What no sequence selects is hidden by the mask, yet read all the same.
         padding = heads.expand(len(layers), -1, len(self._selections), width)
         slots = torch.cat([padding, shared.expand(len(layers), -1, -1, -1)], dim=3)
         for i, own in chosen:
-            slots[:, :, i, : own.shape[2]] = own
+            slots[:, :, i, : own.shape[2]] = heads[:, 0] + own
         return _Columns(slots, layers, window)
 
     def _is_first(self, layer: int) -> bool:
@@ -169,7 +170,7 @@ class DraftAttention:
         ):
             num_keys = layer_budget(self._config, layer, draft_budget) - self._draft_length
             num_window = num_keys
-            if selection is not None and layer in selection.slots and context_len > num_keys:
+            if selection is not None and layer in selection.positions and context_len > num_keys:
                 num_recent = selection.num_recent(self._config, context_len, num_keys)
                 num_window = self._config.num_sink_tokens + num_recent
             num_selected.append(max(num_keys - num_window, 0))

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from magicdec.batch import ScheduledSequence
 from magicdec.config import OBSERVATION_WINDOW, SelectionConfig
-from magicdec.kernels.dispatch import AttentionMass
+from magicdec.kernels.dispatch import AttentionBackend
 from magicdec.kernels.paged_layout import PagedLayout
 from magicdec.kernels.selection import select_top
 
@@ -50,29 +50,34 @@ def layer_budget(config: SelectionConfig, layer: int, draft_budget: int) -> int:
 class Selection:
     """The keys that one sequence's attention weighed most when it was observed.
 
-    They lie in num_sink_tokens .. observed_len - num_recent_tokens - 1. `slots` index a layer's
-    pages with the heads laid end to end: head * num_slots + slot.
+    They lie in num_sink_tokens .. observed_len - num_recent_tokens - 1.
     """
 
     observed_len: int  # tokens of the sequence then
-    slots: dict[int, torch.Tensor] = field(default_factory=dict)  # [num_kv_heads, n], best first
-    _stacked: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
+    # By layer: [num_kv_heads, n], best first.
+    positions: dict[int, torch.Tensor] = field(default_factory=dict)
+    _slots: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
 
-    def stacked(self, layers: tuple[int, ...]) -> torch.Tensor:
-        """Of layers alike in KV heads, all observed: [len(layers), num_kv_heads, n].
+    def slots(
+        self, layers: tuple[int, ...], block_table: NDArray[np.int64], block_size: int
+    ) -> torch.Tensor:
+        """Slots of a head, of layers alike in KV heads: [len(layers), num_kv_heads, n].
 
-        A layer with fewer slots repeats its first one. Put together once: a selection serves many
-        rounds.
+        A layer with fewer repeats its first one. Found once, since a sequence's blocks stay where
+        they are: a selection serves many rounds.
         """
-        if layers not in self._stacked:
-            own = [self.slots[layer] for layer in layers]
-            width = max(slots.shape[1] for slots in own)
+        if layers not in self._slots:
+            found = [self.positions[layer] for layer in layers]
+            width = max(own.shape[1] for own in found)
             padded = [
-                torch.cat([slots, slots[:, :1].expand(-1, width - slots.shape[1])], dim=1)
-                for slots in own
+                torch.cat([own, own[:, :1].expand(-1, width - own.shape[1])], dim=1)
+                for own in found
             ]
-            self._stacked[layers] = torch.stack(padded)
-        return self._stacked[layers]
+            positions = torch.stack(padded)
+            table = torch.from_numpy(block_table).to(positions.device)
+            blocks = table[positions // block_size]
+            self._slots[layers] = blocks * block_size + positions % block_size
+        return self._slots[layers]
 
     def num_recent(self, config: SelectionConfig, context_len: int, num_keys: int) -> int:
         """The recent window, grown by the tokens since, up to half of what the sink leaves."""
@@ -137,10 +142,10 @@ class SelectionObserver:
         observations: Sequence[Observation],
         layout: PagedLayout,
         config: SelectionConfig,
-        mass: AttentionMass,
+        backend: AttentionBackend,
     ) -> None:
         self._observations = observations
-        self._mass = mass
+        self._backend = backend
         self._layout = layout
         self._config = config
         self._row_stops = np.cumsum(layout.query_lens)
@@ -167,10 +172,12 @@ class SelectionObserver:
             stop = observation.selection.observed_len - self._config.num_recent_tokens
             end = int(self._row_stops[observation.index])
             rows = query[:, end - observation.num_rows : end]
-            mass = self._mass(rows, k_cache, self._layout, observation.index, scaling, softcap)
+            mass = self._backend.mass(
+                rows, k_cache, self._layout, observation.index, scaling, softcap
+            )
             budget = layer_budget(self._config, layer, observation.draft_budget)
             first = self._config.num_sink_tokens
-            positions = select_top(
+            observation.selection.positions[layer] = select_top(
                 mass,
                 first,
                 max(stop, first),
@@ -178,14 +185,5 @@ class SelectionObserver:
                 observation.pool_size,
                 observation.chunk_size,
                 observation.coverage,
+                self._backend.largest,
             )
-            observation.selection.slots[layer] = self._flat_slots(
-                positions, observation.index, k_cache.shape[1]
-            )
-
-    def _flat_slots(self, positions: torch.Tensor, sequence: int, num_slots: int) -> torch.Tensor:
-        """[num_kv_heads, n] -> indices into the pages with the heads laid end to end."""
-        size = self._layout.block_size
-        table = torch.from_numpy(self._layout.block_tables[sequence]).to(positions.device)
-        heads = torch.arange(len(positions), device=positions.device)[:, None]
-        return heads * num_slots + table[positions // size] * size + positions % size

@@ -43,6 +43,13 @@ struct MassCall {
   int32_t num_threads;
 };
 
+struct LargestCall {
+  const float* scores;  // [num_rows, num_entries] by row_stride
+  int64_t* indices;     // [num_rows, count]
+  int64_t num_rows, num_entries, row_stride, count;
+  int32_t num_threads;
+};
+
 struct LinearCall {
   const float* rows;  // [num_rows, num_inputs]
   const uint32_t* weight;

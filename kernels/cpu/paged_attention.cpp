@@ -9,8 +9,10 @@
 // are verified with it, or the number of threads.
 
 #include <algorithm>
+#include <type_traits>
 
 #include "buffer.h"
+#include "matrix_tiles.h"
 #include "tasks.h"
 #include "tiles.h"
 
@@ -29,15 +31,17 @@ class Attention {
  public:
   explicit Attention(const AttentionCall& call)
       : call_(call),
-        stride_(call.head_dim + kLanes),
+        stride_(call.head_dim + 2 * kLanes),
         tasks_(call, stride_),
-        group_(tasks_.group_size()) {}
+        group_(tasks_.group_size()),
+        in_matrices_(kMatrices && fit_matrices(call.head_dim)) {}
 
   void run() {
     partials_ = partial_buffer.reserve(tasks_.num_partials);
     const int64_t num_tasks = tasks_.tasks.size(), num_groups = tasks_.groups.size();
 #pragma omp parallel num_threads(call_.num_threads)
     {
+      const MatrixUnits units(in_matrices_);
 #pragma omp for schedule(dynamic, 1)
       for (int64_t i = 0; i < num_tasks; ++i) attend(tasks_.tasks[i]);
 #pragma omp for schedule(dynamic, 1)
@@ -46,55 +50,56 @@ class Attention {
   }
 
  private:
-  // Folded row: query row first_row + folded / group, head head * group + folded % group.
+  static constexpr bool kMatrices = kHasMatrixUnits && std::is_same_v<Query, BFloat16> &&
+                                    std::is_same_v<Cache, BFloat16>;
+
   void attend(const Task& task) {
-    const int64_t dims = call_.head_dim, rows = task.num_rows * group_;
-    float* queries = scratch.queries.reserve(rows * dims);
-    fold_queries(task, queries);
+    const int64_t dims = call_.head_dim, num_rows = task.num_rows * group_;
     float* partial = partials_ + task.partial;
-    for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t row = 0; row < num_rows; ++row) {
       std::fill_n(partial + row * stride_, dims, 0.0f);
       partial[row * stride_ + dims] = -kInfinity;
-      partial[row * stride_ + dims + 1] = 0.0f;
+      store(partial + row * stride_ + dims + kLanes, Floats{});
     }
-    // Tiles are aligned too: a window's first one may begin before the window does.
-    const int64_t first = task.begin / kTile * kTile;
-    Rows<Cache> rows_of[2];
-    find_rows(task, first, rows_of[0]);
-    for (int64_t tile = first, turn = 0; tile < task.end; tile += kTile, turn ^= 1) {
-      find_rows(task, std::min(tile + kTile, task.end - 1), rows_of[turn ^ 1]);
-      attend_tile(task, tile, rows_of[turn], rows_of[turn ^ 1], queries, partial);
-    }
-  }
-
-  void fold_queries(const Task& task, float* queries) const {
-    const Query* from = static_cast<const Query*>(call_.query);
-    for (int64_t row = 0; row < task.num_rows; ++row)
-      for (int64_t member = 0; member < group_; ++member) {
-        const Query* query =
-            from + (task.head * group_ + member) * call_.query_head_stride +
-            (call_.row_starts[task.sequence] + task.first_row + row) * call_.query_row_stride;
-        for (int64_t dim = 0; dim < call_.head_dim; dim += kLanes, queries += kLanes)
-          store(queries, load_floats(query + dim) * call_.scaling);
+    if constexpr (kMatrices) {
+      if (in_matrices_) {
+        MatrixTiles tiles(num_rows, dims, call_.scaling, scratch.queries, scratch.keys);
+        for (int64_t row = 0; row < num_rows; ++row) tiles.set_query(row, query_of(task, row));
+        return attend_tiles(task, tiles, partial);
       }
+    }
+    float* queries = scratch.queries.reserve(num_rows * dims);
+    for (int64_t row = 0; row < num_rows; ++row)
+      for (int64_t dim = 0; dim < dims; dim += kLanes)
+        store(queries + row * dims + dim, load_floats(query_of(task, row) + dim) * call_.scaling);
+    attend_tiles(task, VectorTiles<Cache>(queries, num_rows, dims, scratch.keys), partial);
   }
 
-  void attend_tile(const Task& task, int64_t tile, const Rows<Cache>& own, const Rows<Cache>& next,
-                   const float* queries, float* partial) {
-    const int64_t dims = call_.head_dim, rows = task.num_rows * group_;
-    float* packed = scratch.keys.reserve(dims * kTile);
-    float* scores = scratch.scores.reserve(rows * kTile);
-    Prefetch<Cache> next_keys(next.keys, dims), next_values(next.values, dims);
-    pack_keys(own.keys, dims, packed, next_keys);
-    by_row_blocks(rows, [&]<int n>(int64_t row) {
-      score_rows<n>(queries + row * dims, packed, dims, scores + row * kTile, next_keys);
-    });
-    if (!is_seen_by_all(task, tile)) finish_scores(task, tile, scores);
-    for (int64_t row = 0; row < rows; ++row) weigh(scores + row * kTile, partial + row * stride_);
-    by_row_blocks(rows, [&]<int n>(int64_t row) {
-      add_all_values<n>(scores + row * kTile, own.values, dims, stride_, partial + row * stride_,
-                        next_values);
-    });
+  // Folded row: query row first_row + folded / group, head head * group + folded % group.
+  const Query* query_of(const Task& task, int64_t folded) const {
+    const int64_t row = call_.row_starts[task.sequence] + task.first_row + folded / group_;
+    return static_cast<const Query*>(call_.query) +
+           (task.head * group_ + folded % group_) * call_.query_head_stride +
+           row * call_.query_row_stride;
+  }
+
+  template <typename Tiles>
+  void attend_tiles(const Task& task, Tiles tiles, float* partial) {
+    // Tiles are aligned too: a window's first one may begin before the window does.
+    const int64_t first = task.begin / kTile * kTile, num_rows = task.num_rows * group_;
+    float* scores = scratch.scores.reserve(tiles.room() * kTile);
+    Rows<Cache> rows[2];
+    find_rows(task, first, rows[0]);
+    for (int64_t tile = first, turn = 0; tile < task.end; tile += kTile, turn ^= 1) {
+      const Rows<Cache>&own = rows[turn], &next = rows[turn ^ 1];
+      find_rows(task, std::min(tile + kTile, task.end - 1), rows[turn ^ 1]);
+      Prefetch<Cache> next_keys(next.keys, call_.head_dim), next_values(next.values, call_.head_dim);
+      tiles.score(own.keys, scores, next_keys);
+      if (!is_seen_by_all(task, tile)) finish_scores(task, tile, scores);
+      for (int64_t row = 0; row < num_rows; ++row)
+        weigh(scores + row * kTile, partial + row * stride_);
+      tiles.add(scores, own.values, stride_, partial, next_values);
+    }
   }
 
   void find_rows(const Task& task, int64_t tile, Rows<Cache>& rows) const {
@@ -156,30 +161,34 @@ class Attention {
     }
   }
 
-  // Turns a tile's scores into weights relative to the row's maximum so far.
+  // Turns a tile's scores into weights relative to the row's maximum so far, and adds these up.
   void weigh(float* scores, float* partial) const {
     const int64_t dims = call_.head_dim;
     Floats top = load<Floats>(scores);
     for (int i = 1; i < kVectors; ++i) top = larger(top, load<Floats>(scores + i * kLanes));
-    const float before = partial[dims], now = std::max(before, largest(top));
-    if (now == -kInfinity) {  // nothing is visible yet
+    if (any_above(top, partial[dims])) raise(std::max(partial[dims], largest(top)), partial);
+    const float highest = partial[dims];
+    if (highest == -kInfinity) {  // nothing is visible yet
       std::fill_n(scores, kTile, 0.0f);
       return;
     }
-    Floats total = {};
+    Floats total = load<Floats>(partial + dims + kLanes);
     for (int i = 0; i < kVectors; ++i) {
-      const Floats weight = exp_of_negative(load<Floats>(scores + i * kLanes) - now);
+      const Floats weight = exp_of_negative(load<Floats>(scores + i * kLanes) - highest);
       store(scores + i * kLanes, weight);
       total += weight;
     }
-    if (now > before) {
-      const float fade = std::exp(before - now);
-      for (int64_t dim = 0; dim < dims; dim += kLanes)
-        store(partial + dim, load<Floats>(partial + dim) * fade);
-      partial[dims + 1] *= fade;
-      partial[dims] = now;
-    }
-    partial[dims + 1] += sum(total);
+    store(partial + dims + kLanes, total);
+  }
+
+  // Seldom, once a row has seen a few tiles.
+  void raise(float highest, float* partial) const {
+    const int64_t dims = call_.head_dim;
+    const float fade = std::exp(partial[dims] - highest);
+    for (int64_t dim = 0; dim < dims; dim += kLanes)
+      store(partial + dim, load<Floats>(partial + dim) * fade);
+    store(partial + dims + kLanes, load<Floats>(partial + dims + kLanes) * fade);
+    partial[dims] = highest;
   }
 
   void merge(const Group& group) {
@@ -191,7 +200,7 @@ class Attention {
       for (int64_t i = group.first; i < group.last; ++i) top = std::max(top, part(i, folded)[dims]);
       for (int64_t i = group.first; i < group.last; ++i) {
         shares[i - group.first] = std::exp(part(i, folded)[dims] - top);
-        total += shares[i - group.first] * part(i, folded)[dims + 1];
+        total += shares[i - group.first] * sum(load<Floats>(part(i, folded) + dims + kLanes));
       }
       const int64_t row = task.first_row + folded / group_, member = folded % group_;
       Query* output = static_cast<Query*>(call_.output) +
@@ -211,9 +220,10 @@ class Attention {
   }
 
   const AttentionCall& call_;
-  const int64_t stride_;  // of partials: sums, maximum, sum of weights, and room
+  const int64_t stride_;  // of partials: sums, then the maximum and room, then a vector of weights
   const Tasks tasks_;
   const int64_t group_;
+  const bool in_matrices_;
   float* partials_ = nullptr;
 };
 

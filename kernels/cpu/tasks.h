@@ -13,7 +13,7 @@ constexpr int64_t kLeastRows = 17;   // query rows that share one reading of the
 // One sequence's rows first_row .. first_row + num_rows - 1 (of its own) over one split.
 struct Task {
   int64_t sequence, head, first_row, num_rows, begin, end;
-  int64_t partial;  // offset: per folded row head_dim sums, the maximum, the sum of weights
+  int64_t partial;  // offset: per folded row head_dim sums, the maximum, the sums of weights
 };
 
 // Tasks that share rows and head: first .. last - 1.

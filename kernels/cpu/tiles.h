@@ -7,6 +7,7 @@
 
 #include <algorithm>
 
+#include "buffer.h"
 #include "vectors.h"
 
 constexpr int64_t kTile = 64;  // keys whose scores are worked out together
@@ -159,3 +160,38 @@ void by_row_blocks(int64_t num_rows, Work work) {
     case 1: work.template operator()<1>(row); break;
   }
 }
+
+// One task's tiles, row by row of vectors. `scratch` holds a tile's packed keys.
+template <typename Cache>
+class VectorTiles {
+ public:
+  VectorTiles(const float* queries, int64_t num_rows, int64_t head_dim, Buffer& scratch)
+      : queries_(queries),
+        num_rows_(num_rows),
+        head_dim_(head_dim),
+        packed_(scratch.reserve(head_dim * kTile)) {}
+
+  // Rows of scores that `score` may write.
+  int64_t room() const { return num_rows_; }
+
+  void score(const Cache* const keys[kTile], float* scores, Prefetch<Cache>& next_keys) {
+    pack_keys(keys, head_dim_, packed_, next_keys);
+    by_row_blocks(num_rows_, [&]<int n>(int64_t row) {
+      score_rows<n>(queries_ + row * head_dim_, packed_, head_dim_, scores + row * kTile,
+                    next_keys);
+    });
+  }
+
+  void add(const float* weights, const Cache* const values[kTile], int64_t stride, float* sums,
+           Prefetch<Cache>& next_values) {
+    by_row_blocks(num_rows_, [&]<int n>(int64_t row) {
+      add_all_values<n>(weights + row * kTile, values, head_dim_, stride, sums + row * stride,
+                        next_values);
+    });
+  }
+
+ private:
+  const float* queries_;  // [num_rows, head_dim], scaled
+  const int64_t num_rows_, head_dim_;
+  float* packed_;
+};

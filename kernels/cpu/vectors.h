@@ -103,6 +103,18 @@ inline Floats larger(Floats a, Floats b) {
 #endif
 }
 
+inline bool any_above(Floats vector, float bound) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(vector, _mm512_set1_ps(bound), _CMP_GT_OQ) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps(vector, _mm256_set1_ps(bound), _CMP_GT_OQ)) != 0;
+#else
+  for (int lane = 0; lane < kLanes; ++lane)
+    if (vector[lane] > bound) return true;
+  return false;
+#endif
+}
+
 // Lane i and lane i ^ width change places.
 template <int width, int... lanes>
 inline Floats swapped(Floats vector, std::integer_sequence<int, lanes...>) {

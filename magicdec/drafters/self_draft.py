@@ -1,6 +1,7 @@
 """The target drafts for itself over a small part of its KV cache (MagicDec, arXiv 2408.11049)."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -25,7 +26,7 @@ from magicdec.sparse_kv import (
 
 
 @dataclass(frozen=True, slots=True)
-class _Policy:
+class SelectionPolicy:
     """Where a view's selection comes from; with neither it is sink and recent window."""
 
     observes_prompt: bool
@@ -33,9 +34,9 @@ class _Policy:
 
 
 POLICIES = {
-    "streaming": _Policy(observes_prompt=False, observes_rounds=False),
-    "snapkv": _Policy(observes_prompt=True, observes_rounds=False),
-    "recycled": _Policy(observes_prompt=True, observes_rounds=True),
+    "streaming": SelectionPolicy(observes_prompt=False, observes_rounds=False),
+    "snapkv": SelectionPolicy(observes_prompt=True, observes_rounds=False),
+    "recycled": SelectionPolicy(observes_prompt=True, observes_rounds=True),
 }
 
 
@@ -72,7 +73,7 @@ class SelfDrafter:
         self._config = config
         self._selection_budget = selection_budget
         self._selections: dict[int, Selection] = {}
-        self._rounds_since: dict[int, int] = {}  # verify passes since the selection was taken
+        self._rounds_since: dict[int, float] = {}  # verify passes since one was taken of a round
 
     def propose(self, sequences: list[ScheduledSequence]) -> list[tuple[Proposal, ...]]:
         """See Drafter.propose."""
@@ -92,18 +93,19 @@ class SelfDrafter:
     ) -> AttentionObserver | None:
         """See Drafter.watch. The observed selections serve from the next round on."""
         observations: list[Observation] = []
+        due = self._due(sequences)
         for i, sequence in enumerate(sequences):
-            observation = self._observation(i, sequence, layout.query_lens[i])
+            observation = self._observation(i, sequence, layout.query_lens[i], due)
             if observation is not None:
                 budget = max(observation.draft_budget, self._selection_budget)
                 observations.append(replace(observation, draft_budget=budget))
                 self._selections[sequence.sequence_id] = observation.selection
                 # The prompt's rows are a guess at what the answer needs: its first round corrects.
-                due = 0 if sequence.is_decode_row else self._config.refresh_rounds
-                self._rounds_since[sequence.sequence_id] = due
+                age = 0.0 if sequence.is_decode_row else math.inf
+                self._rounds_since[sequence.sequence_id] = age
         if not observations:
             return None
-        return SelectionObserver(observations, layout, self._config, self._backend.mass)
+        return SelectionObserver(observations, layout, self._config, self._backend)
 
     def release(self, sequence_ids: Sequence[int]) -> None:
         """See Drafter.release."""
@@ -118,27 +120,40 @@ class SelfDrafter:
         return self._selections.get(sequence.sequence_id)
 
     def _observation(
-        self, index: int, sequence: ScheduledSequence, num_rows: int
+        self, index: int, sequence: ScheduledSequence, num_rows: int, due: Set[int]
     ) -> Observation | None:
         """What this verify forward is to show of one sequence, if anything."""
-        draft = sequence.draft
-        policy = None if draft is None else POLICIES.get(draft.drafter)
-        if (
-            draft is None
-            or policy is None
-            or not policy.observes_prompt
-            or sequence.sampling is None
-        ):
+        policy = _policy_of(sequence)
+        if policy is None or not policy.observes_prompt or sequence.sampling is None:
             return None
         if not sequence.is_decode_row:
             return observe_prompt(index, sequence)
-        if not policy.observes_rounds or sequence.draft_length == 0:
-            return None
-        rounds = self._rounds_since.get(sequence.sequence_id, self._config.refresh_rounds) + 1
-        self._rounds_since[sequence.sequence_id] = rounds
-        if rounds < self._config.refresh_rounds or not draft.may_refresh:
+        if sequence.sequence_id not in due:
             return None
         return observe_round(index, sequence, num_rows, self._config)
+
+    def _due(self, sequences: Sequence[ScheduledSequence]) -> set[int]:
+        """Ids of the decode rows whose view is chosen again.
+
+        The oldest of them, so many a round as share the batch out over refresh_rounds: all at once
+        would be a stall. One that has its prompt's selection, or none, does not wait.
+        """
+        drafting = [s for s in sequences if s.draft_length > 0 and s.is_decode_row]
+        refreshed = [s for s in drafting if (p := _policy_of(s)) is not None and p.observes_rounds]
+        ages: list[tuple[float, int]] = []
+        for sequence in refreshed:
+            age = self._rounds_since.get(sequence.sequence_id, math.inf) + 1
+            self._rounds_since[sequence.sequence_id] = age
+            may_refresh = sequence.draft is not None and sequence.draft.may_refresh
+            if age >= self._config.refresh_rounds and may_refresh:
+                ages.append((age, sequence.sequence_id))
+        share = -(-len(refreshed) // self._config.refresh_rounds)
+        oldest = sorted(ages, reverse=True)
+        return {key for n, (age, key) in enumerate(oldest) if n < share or age == math.inf}
+
+
+def _policy_of(sequence: ScheduledSequence) -> SelectionPolicy | None:
+    return None if sequence.draft is None else POLICIES.get(sequence.draft.drafter)
 
 
 def draft_layout(sequences: list[ScheduledSequence], block_size: int) -> PagedLayout:

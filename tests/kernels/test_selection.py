@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from magicdec.kernels import reference, selection
+from magicdec.kernels.compiled import compiled_library
+from magicdec.kernels.cpu_largest import CpuLargest
 from tests.kernels.layouts import make_layout
 
 HEAD_DIM = 16
@@ -114,3 +116,30 @@ def test_coverage_stops_where_the_neediest_head_has_its_share() -> None:
     assert selection.select_top(mass, 0, 100, 60, coverage=0.75).shape == (2, 8)
     assert selection.select_top(mass[:1], 0, 100, 60, coverage=0.75).shape == (1, 1)
     assert selection.select_top(mass, 0, 100, 60).shape == (2, 60)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    num_rows=st.integers(1, 5),
+    num_entries=st.integers(1, 3000),
+    spread=st.sampled_from([0.0, 1e-6, 1.0, 1e30]),
+    hidden=st.booleans(),
+    seed=st.integers(0, 10_000),
+)
+def test_compiled_largest_entries_are_those_of_the_oracle(
+    num_rows: int, num_entries: int, spread: float, hidden: bool, seed: int
+) -> None:
+    library = compiled_library()
+    if library is None:
+        pytest.skip("no compiler here")
+    generator = torch.Generator().manual_seed(seed)
+    wide = torch.randn(num_rows, num_entries + 3, generator=generator) * spread
+    if hidden:
+        wide[:, ::7] = float("-inf")
+    scores = wide[:, 1 : num_entries + 1]
+    count = int(torch.randint(1, num_entries + 1, (1,), generator=generator))
+    actual = CpuLargest(library)(scores, count)
+    expected = selection.largest_indices(scores, count)
+    # Equal entries may stand in for each other, none may come twice.
+    assert torch.equal(scores.gather(1, actual), scores.gather(1, expected))
+    assert all(len(set(row)) == count for row in actual.tolist())

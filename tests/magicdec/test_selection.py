@@ -92,7 +92,7 @@ def test_a_view_holds_sink_recent_window_and_the_heaviest_keys_within_its_budget
         Observation(i, r, draft_budget, 5, 1, 1.0, Selection(c))
         for i, (c, r) in enumerate(zip(context_lens, rows, strict=True))
     ]
-    observer = SelectionObserver(observations, observed, config, REFERENCE.mass)
+    observer = SelectionObserver(observations, observed, config, REFERENCE)
     query = torch.randn(4, sum(rows), 8, generator=generator) * 0.01
     for layer in range(3):
         observer.observe(
@@ -186,7 +186,7 @@ def test_every_prompt_length_is_observed_whole_by_its_last_rows(
     assert seen == [min(length, OBSERVATION_WINDOW)]
     (selection,) = drafter._selections.values()
     assert selection.observed_len == length
-    assert sorted(selection.slots) == [0, 1, 2]
+    assert sorted(selection.positions) == [0, 1, 2]
     run(engine)
     assert drafter._selections == {} or not engine.has_unfinished()
 
@@ -235,3 +235,34 @@ def test_a_round_that_explores_puts_the_refresh_off(
     assert seen[1] is not seen[0]
     assert seen[1] is seen[2] is seen[3]
     assert seen[4] is not seen[3]
+
+
+def test_refreshes_of_a_batch_are_spread_over_the_rounds(
+    tiny_model_dir: Path, make_engine: EngineFactory
+) -> None:
+    config = engine_config(
+        tiny_model_dir,
+        draft_length=1,
+        draft_budget=20,
+        drafter="recycled",
+        refresh_rounds=3,
+        num_blocks=128,
+    )
+    engine = make_engine(config)
+    sampling = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
+    for request in requests_of(random_prompts([40] * 6), sampling):
+        engine.add(request)
+    while engine.load().num_waiting or engine.load().num_prefill_tokens:
+        engine.step()
+    held: list[dict[int, Selection]] = []
+    for _ in range(16):
+        engine.step()
+        held.append(dict(self_drafter(engine)._selections))
+    assert all(len(selections) == 6 for selections in held)
+    changed = [
+        [key for key in after if after[key] is not before[key]] for before, after in pairwise(held)
+    ]
+    assert max(map(len, changed[1:])) == 2  # six sequences, every three rounds
+    for key in held[0]:
+        rounds = [n for n, keys in enumerate(changed) if key in keys]
+        assert {b - a for a, b in pairwise(rounds[1:])} == {3}
