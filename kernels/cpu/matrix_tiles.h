@@ -3,6 +3,9 @@
 //   register   16 rows of 64 bytes: 16 x 16 floats, or 16 x 32 bfloat16 values
 //   product    sums[16, 16] += left[16, 32] x right[32, 16], the right one as words of two values
 //
+//   scores     keys [16, dims] x queries [dims, 16], keys as they lie in their page; then turned
+//   sums       weights [16, keys] x values [keys, 16], words of two keys
+//
 // Weights are rounded to bfloat16 on the way, as flash-attn does. All rows go this way, few or many:
 // a row's result is the same beside any others.
 #pragma once
@@ -62,46 +65,46 @@ inline void settle_memory() { asm volatile("" ::: "memory"); }
 
 class MatrixTiles {
  public:
+  using Ahead = Prefetch<BFloat16, true>;
+
   MatrixTiles(int64_t num_rows, int64_t head_dim, float scaling, Buffer& queries, Buffer& scratch)
-      : num_rows_(num_rows),
-        num_blocks_((num_rows + kMatrixRows - 1) / kMatrixRows),
-        head_dim_(head_dim),
-        scaling_(scaling) {
-    const int64_t query_words = num_blocks_ * kMatrixRows * head_dim / 2;
+      : num_rows_(num_rows), head_dim_(head_dim), scaling_(scaling) {
+    const int64_t num_blocks = (num_rows + kMatrixRows - 1) / kMatrixRows;
+    const int64_t query_words = num_blocks * kMatrixRows * head_dim / 2;
     float* query_room = queries.reserve(query_words);
     std::memset(query_room, 0, 4 * query_words);  // rows that a last block lacks
-    queries_ = reinterpret_cast<BFloat16*>(query_room);
-    // A tile's keys, then its values; the weights of a block of rows, and the sums they make.
-    packed_ = scratch.reserve(head_dim * kTile + kMatrixRows * (kTile / 2 + head_dim));
-    packed_values_ = packed_ + head_dim / 2 * kTile;
-    weights_ = packed_values_ + head_dim / 2 * kTile;
-    sums_ = weights_ + kMatrixRows * kTile / 2;
+    queries_ = reinterpret_cast<uint32_t*>(query_room);
+    // Keys that lie apart and a tile's values; a block of rows' weights, and what they add up to.
+    const int64_t sizes[] = {head_dim / 2 * kTile, head_dim / 2 * kTile, kMatrixRows * kTile / 2,
+                             kMatrixRows * std::max(head_dim, kTile)};
+    keys_ = scratch.reserve(sizes[0] + sizes[1] + sizes[2] + sizes[3]);
+    values_ = keys_ + sizes[0];
+    weights_ = values_ + sizes[1];
+    sums_ = weights_ + sizes[2];
     std::memset(weights_, 0, 2 * kMatrixRows * kTile);
   }
 
-  // Rows of scores that `score` may write: whole blocks.
-  int64_t room() const { return num_blocks_ * kMatrixRows; }
-
-  // [blocks, head_dim / 32, 16, 32]
+  // Words of two dims: [blocks, head_dim / 2, 16].
   void set_query(int64_t row, const BFloat16* query) {
-    BFloat16* block = queries_ + row / kMatrixRows * kMatrixRows * head_dim_;
-    for (int64_t dim = 0; dim < head_dim_; dim += kMatrixDepth)
-      std::memcpy(block + dim * kMatrixRows + row % kMatrixRows * kMatrixDepth, query + dim,
-                  2 * kMatrixDepth);
+    uint32_t* block = queries_ + row / kMatrixRows * kMatrixRows * head_dim_ / 2;
+    for (int64_t dim = 0; dim < head_dim_; dim += 2)
+      std::memcpy(block + dim / 2 * kMatrixRows + row % kMatrixRows, query + dim, 4);
   }
 
-  void score(const BFloat16* const keys[kTile], float* scores, Prefetch<BFloat16>& next_keys) {
-    pack_keys(keys, head_dim_, packed_, next_keys);
-    for (int64_t block = 0; block < num_blocks_; ++block)
-      multiply_keys(queries_ + block * kMatrixRows * head_dim_,
-                    scores + block * kMatrixRows * kTile);
-    for (int64_t i = 0; i < num_rows_ * kTile; i += kLanes)
-      store(scores + i, load<Floats>(scores + i) * scaling_);
-    for (int64_t i = 0; i < head_dim_; ++i) next_keys.advance();
+  void score(const BFloat16* const keys[kTile], float* scores, Ahead& next_keys) {
+    const BFloat16* groups[kTile / kMatrixRows];
+    for (int64_t i = 0; i < kTile / kMatrixRows; ++i) {
+      groups[i] = side_by_side(keys + i * kMatrixRows, i);
+      advance(next_keys, head_dim_ / 8);
+    }
+    for (int64_t first = 0; first < num_rows_; first += kMatrixRows) {
+      multiply_keys(groups, queries_ + first * head_dim_ / 2, next_keys);
+      turn(std::min(kMatrixRows, num_rows_ - first), scores + first * kTile, next_keys);
+    }
   }
 
   void add(const float* weights, const BFloat16* const values[kTile], int64_t stride, float* sums,
-           Prefetch<BFloat16>& next_values) {
+           Ahead& next_values) {
     pack_values(values, next_values);
     for (int64_t first = 0; first < num_rows_; first += kMatrixRows) {
       const int64_t count = std::min(kMatrixRows, num_rows_ - first);
@@ -116,37 +119,69 @@ class MatrixTiles {
   }
 
  private:
-  void multiply_keys(const BFloat16* queries, float* scores) const {
+  static void advance(Ahead& prefetch, int64_t num_lines) {
+    for (int64_t i = 0; i < num_lines; ++i) prefetch.advance();
+  }
+
+  // Sixteen keys, copied unless they lie so.
+  const BFloat16* side_by_side(const BFloat16* const keys[kMatrixRows], int64_t group) const {
+    bool together = true;
+    for (int64_t i = 1; i < kMatrixRows; ++i) together &= keys[i] == keys[0] + i * head_dim_;
+    if (together) return keys[0];
+    BFloat16* copy = reinterpret_cast<BFloat16*>(keys_) + group * kMatrixRows * head_dim_;
+    for (int64_t i = 0; i < kMatrixRows; ++i)
+      std::memcpy(copy + i * head_dim_, keys[i], 2 * head_dim_);
+    return copy;
+  }
+
+  // sums [kTile, 16]: a key's scores with sixteen queries.
+  void multiply_keys(const BFloat16* const groups[], const uint32_t* queries,
+                     Ahead& next_keys) const {
+    const int64_t stride = 2 * head_dim_;
     settle_memory();
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    const float* keys = packed_;
-    for (int64_t dim = 0; dim < head_dim_; dim += kMatrixDepth, keys += kMatrixRows * kTile) {
-      _tile_loadd(4, queries + dim * kMatrixRows, 64);
-      _tile_loadd(5, keys, 4 * kTile);
-      _tile_dpbf16ps(0, 4, 5);
-      _tile_loadd(6, keys + 16, 4 * kTile);
-      _tile_dpbf16ps(1, 4, 6);
-      _tile_loadd(7, keys + 32, 4 * kTile);
-      _tile_dpbf16ps(2, 4, 7);
-      _tile_loadd(5, keys + 48, 4 * kTile);
-      _tile_dpbf16ps(3, 4, 5);
+    for (int64_t dim = 0; dim < head_dim_; dim += kMatrixDepth) {
+      _tile_loadd(7, queries + dim / 2 * kMatrixRows, 64);
+      _tile_loadd(4, groups[0] + dim, stride);
+      _tile_dpbf16ps(0, 4, 7);
+      advance(next_keys, 8);
+      _tile_loadd(5, groups[1] + dim, stride);
+      _tile_dpbf16ps(1, 5, 7);
+      advance(next_keys, 8);
+      _tile_loadd(6, groups[2] + dim, stride);
+      _tile_dpbf16ps(2, 6, 7);
+      advance(next_keys, 8);
+      _tile_loadd(4, groups[3] + dim, stride);
+      _tile_dpbf16ps(3, 4, 7);
     }
-    _tile_stored(0, scores, 4 * kTile);
-    _tile_stored(1, scores + 16, 4 * kTile);
-    _tile_stored(2, scores + 32, 4 * kTile);
-    _tile_stored(3, scores + 48, 4 * kTile);
+    _tile_stored(0, sums_, 64);
+    _tile_stored(1, sums_ + 16 * 16, 64);
+    _tile_stored(2, sums_ + 32 * 16, 64);
+    _tile_stored(3, sums_ + 48 * 16, 64);
+  }
+
+  // scores[row] of the sums, scaled.
+  void turn(int64_t num_rows, float* scores, Ahead& next_keys) const {
+    for (int64_t key = 0; key < kTile; key += kLanes) {
+      Words block[kLanes];
+      for (int i = 0; i < kLanes; ++i) block[i] = load<Words>(sums_ + (key + i) * kMatrixRows);
+      transpose(block);
+      advance(next_keys, 8);
+      for (int64_t row = 0; row < num_rows; ++row)
+        store(scores + row * kTile + key, as_floats(block[row]) * scaling_);
+    }
   }
 
   // [head_dim / 16, kTile / 2, 16] words of two keys' values.
-  void pack_values(const BFloat16* const values[kTile], Prefetch<BFloat16>& next_values) const {
+  void pack_values(const BFloat16* const values[kTile], Ahead& next_values) const {
     const __m512i first = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
     const __m512i second =
         _mm512_set_epi32(31, 30, 29, 28, 15, 14, 13, 12, 27, 26, 25, 24, 11, 10, 9, 8);
     for (int64_t dim = 0; dim < head_dim_; dim += kMatrixDepth) {
-      float* to = packed_values_ + dim / 2 * kTile;
+      float* to = values_ + dim / 2 * kTile;
       for (int64_t pair = 0; pair < kTile / 2; ++pair, to += 16) {
         const __m512i a = load<__m512i>(values[2 * pair] + dim);
         const __m512i b = load<__m512i>(values[2 * pair + 1] + dim);
@@ -175,7 +210,7 @@ class MatrixTiles {
     constexpr int64_t kColumn = kTile / 2 * 16;  // words
     settle_memory();
     for (int64_t dim = 0; dim < head_dim_; dim += kMatrixDepth) {
-      const float* column = packed_values_ + dim / 16 * kColumn;
+      const float* column = values_ + dim / 16 * kColumn;
       _tile_zero(0);
       _tile_zero(1);
       _tile_loadd(4, weights_, 64);
@@ -193,10 +228,10 @@ class MatrixTiles {
     }
   }
 
-  const int64_t num_rows_, num_blocks_, head_dim_;
+  const int64_t num_rows_, head_dim_;
   const float scaling_;
-  BFloat16* queries_;
-  float *packed_, *packed_values_, *weights_, *sums_;
+  uint32_t* queries_;
+  float *keys_, *values_, *weights_, *sums_;
 };
 
 #else

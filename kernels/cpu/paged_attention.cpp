@@ -87,13 +87,14 @@ class Attention {
   void attend_tiles(const Task& task, Tiles tiles, float* partial) {
     // Tiles are aligned too: a window's first one may begin before the window does.
     const int64_t first = task.begin / kTile * kTile, num_rows = task.num_rows * group_;
-    float* scores = scratch.scores.reserve(tiles.room() * kTile);
+    float* scores = scratch.scores.reserve(num_rows * kTile);
     Rows<Cache> rows[2];
     find_rows(task, first, rows[0]);
     for (int64_t tile = first, turn = 0; tile < task.end; tile += kTile, turn ^= 1) {
       const Rows<Cache>&own = rows[turn], &next = rows[turn ^ 1];
       find_rows(task, std::min(tile + kTile, task.end - 1), rows[turn ^ 1]);
-      Prefetch<Cache> next_keys(next.keys, call_.head_dim), next_values(next.values, call_.head_dim);
+      typename Tiles::Ahead next_keys(next.keys, call_.head_dim);
+      typename Tiles::Ahead next_values(next.values, call_.head_dim);
       tiles.score(own.keys, scores, next_keys);
       if (!is_seen_by_all(task, tile)) finish_scores(task, tile, scores);
       for (int64_t row = 0; row < num_rows; ++row)

@@ -22,8 +22,9 @@ struct Rows {
 };
 
 // The next tile comes from memory while this one is worked on: a line at a time throughout, since
-// a burst would fill the core's line buffers and be waited for.
-template <typename Cache>
+// a burst would fill the core's line buffers and be waited for. kNear: into the first cache, which
+// matrix units load from; vectors gain nothing by it.
+template <typename Cache, bool kNear = false>
 class Prefetch {
  public:
   Prefetch(const Cache* const rows[kTile], int64_t head_dim)
@@ -31,7 +32,8 @@ class Prefetch {
 
   void advance() {
     if (line_ >= num_lines_) return;
-    __builtin_prefetch(rows_[line_ % kTile] + line_ / kTile * (kLine / sizeof(Cache)), 0, 2);
+    __builtin_prefetch(rows_[line_ % kTile] + line_ / kTile * (kLine / sizeof(Cache)), 0,
+                       kNear ? 3 : 2);
     ++line_;
   }
 
@@ -165,16 +167,15 @@ void by_row_blocks(int64_t num_rows, Work work) {
 template <typename Cache>
 class VectorTiles {
  public:
+  using Ahead = Prefetch<Cache>;
+
   VectorTiles(const float* queries, int64_t num_rows, int64_t head_dim, Buffer& scratch)
       : queries_(queries),
         num_rows_(num_rows),
         head_dim_(head_dim),
         packed_(scratch.reserve(head_dim * kTile)) {}
 
-  // Rows of scores that `score` may write.
-  int64_t room() const { return num_rows_; }
-
-  void score(const Cache* const keys[kTile], float* scores, Prefetch<Cache>& next_keys) {
+  void score(const Cache* const keys[kTile], float* scores, Ahead& next_keys) {
     pack_keys(keys, head_dim_, packed_, next_keys);
     by_row_blocks(num_rows_, [&]<int n>(int64_t row) {
       score_rows<n>(queries_ + row * head_dim_, packed_, head_dim_, scores + row * kTile,
@@ -183,7 +184,7 @@ class VectorTiles {
   }
 
   void add(const float* weights, const Cache* const values[kTile], int64_t stride, float* sums,
-           Prefetch<Cache>& next_values) {
+           Ahead& next_values) {
     by_row_blocks(num_rows_, [&]<int n>(int64_t row) {
       add_all_values<n>(weights + row * kTile, values, head_dim_, stride, sums + row * stride,
                         next_values);

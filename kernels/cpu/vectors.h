@@ -157,6 +157,42 @@ inline Floats exp_of_negative(Floats x) {
   return select(x > -87.0f, reinterpret_cast<const Floats&>(exponent), Floats{});
 }
 
+#if defined(__AVX512F__)
+
+// rows[i][j] becomes rows[j][i]: pairs of words, then of pairs, then of quarters and halves.
+inline void transpose(Words rows[kLanes]) {
+  __m512i a[16], b[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    const __m512i even = reinterpret_cast<__m512i>(rows[i]);
+    const __m512i odd = reinterpret_cast<__m512i>(rows[i + 1]);
+    a[i] = _mm512_unpacklo_epi32(even, odd);
+    a[i + 1] = _mm512_unpackhi_epi32(even, odd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+    b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+    b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+    b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+  }
+  constexpr int kEven = 0x88, kOdd = 0xDD;  // quarters 0 and 2, 1 and 3, of each
+#pragma GCC unroll 2
+  for (int i = 0; i < 16; i += 8)
+#pragma GCC unroll 4
+    for (int j = i; j < i + 4; ++j) {
+      a[j] = _mm512_shuffle_i32x4(b[j], b[j + 4], kEven);
+      a[j + 4] = _mm512_shuffle_i32x4(b[j], b[j + 4], kOdd);
+    }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    rows[i] = reinterpret_cast<Words>(_mm512_shuffle_i32x4(a[i], a[i + 8], kEven));
+    rows[i + 8] = reinterpret_cast<Words>(_mm512_shuffle_i32x4(a[i], a[i + 8], kOdd));
+  }
+}
+
+#else
+
 // Lane by lane of two vectors: where blocks of `width` lanes change places with their neighbours.
 template <int width, int... lanes>
 inline void exchange(Words& a, Words& b, std::integer_sequence<int, lanes...>) {
@@ -178,3 +214,5 @@ inline void transpose(Words rows[kLanes]) {
     transpose<2 * width>(rows);
   }
 }
+
+#endif

@@ -68,7 +68,7 @@ class Decoder:
         assert isinstance(found, torch.Tensor)
         steps.add(found)
         if task.prompts != self._prompts:
-            cache.crop(length - 1)  # generate needs one token to begin with
+            cache.crop(-task.num_tokens)  # generate needs one token to begin with
             self._prompts, self._cache = task.prompts, cache
         return watch.answer()
 
