@@ -1,4 +1,4 @@
-"""What stands between a layer's linears, by the C++ kernels of kernels/cpu: fp32, a call each."""
+"""What stands between a layer's linears, by the C++ kernels of kernels/cpu, a call each."""
 
 import ctypes
 
@@ -40,14 +40,26 @@ class GateCall(ctypes.Structure):
 
 
 class CpuElementwise:
-    """Of one compiled library. Tensors are fp32 and contiguous, dims multiples of DIMS_MULTIPLE."""
+    """Of one compiled library and one dtype, fp32 or bfloat16.
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._norm, self._rotate, self._gate = (
-            library.rms_norm,
-            library.rotate,
-            library.silu_product,
-        )
+    Tensors are of that dtype and contiguous, dims multiples of DIMS_MULTIPLE. Raises KeyError for
+    another dtype.
+    """
+
+    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._norm, self._rotate, self._gate = {
+            torch.float32: (
+                library.rms_norm_float32,
+                library.rotate_float32,
+                library.silu_product_float32,
+            ),
+            torch.bfloat16: (
+                library.rms_norm_bfloat16,
+                library.rotate_bfloat16,
+                library.silu_product_bfloat16,
+            ),
+        }[dtype]
 
     def rms_norm(self, rows: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
         """See reference.rms_norm."""

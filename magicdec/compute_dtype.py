@@ -34,6 +34,12 @@ def weight_element_bytes(dtype: str, device: torch.device) -> int:
     return (torch.bfloat16 if packed else compute_dtype(dtype, device)).itemsize
 
 
+def fusing_library(dtype: str, device: torch.device) -> ctypes.CDLL | None:
+    """What takes the place of small steps between linears: of bfloat16 models on a CPU, since fp32
+    ones give transformers' own tokens. None elsewhere, and where nothing can be compiled."""
+    return compiled_library() if device.type == "cpu" and dtype == "bfloat16" else None
+
+
 def packing_library(dtype: str, device: torch.device) -> ctypes.CDLL | None:
     """What multiplies fp32 rows with bf16 weights, where that is how a model is computed.
 

@@ -25,7 +25,7 @@ from magicdec.attention import (
     UnsupportedModel,
     register_attention,
 )
-from magicdec.compute_dtype import compute_dtype, packing_library
+from magicdec.compute_dtype import compute_dtype, fusing_library, packing_library
 from magicdec.config import ConfigError, EngineConfig, ModelConfig
 from magicdec.fused_modules import fuse_modules
 from magicdec.kernels.cpu_linear import PackedLinear, pack_linears
@@ -141,10 +141,11 @@ def load_model(config: ModelConfig, device: torch.device) -> LoadedModel:
         dtype=compute_dtype(config.dtype, device),
         attn_implementation="eager",
     )
-    library = packing_library(config.dtype, device)
+    library = fusing_library(config.dtype, device)
     if library is not None:
         fuse_modules(module, library)
-        pack_linears(module, library)
+        if packing_library(config.dtype, device) is not None:
+            pack_linears(module, library)
     return describe_model(module.to(device), config.dtype)
 
 

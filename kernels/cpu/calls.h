@@ -73,25 +73,25 @@ struct ChoiceCall {
 };
 
 struct NormCall {
-  const float* rows;  // [num_rows, num_dims]
-  const float* weight;
-  float* output;
+  const void* rows;  // [num_rows, num_dims]
+  const void* weight;
+  void* output;
   int64_t num_rows, num_dims;  // a multiple of kLanes
   float epsilon;
   int32_t num_threads;
 };
 
 struct RotateCall {
-  float* rows;  // [num_rows, row_stride], of which the first num_heads * head_dim turn
-  const float* cos;  // [num_rows, head_dim]
-  const float* sin;
+  void* rows;  // [num_rows, row_stride], of which the first num_heads * head_dim turn
+  const void* cos;  // [num_rows, head_dim]
+  const void* sin;
   int64_t num_rows, row_stride, num_heads, head_dim;  // a multiple of 2 * kLanes
   int32_t num_threads;
 };
 
 struct GateCall {
-  const float* rows;  // [num_rows, 2, num_dims]: gates, then what they let through
-  float* output;      // [num_rows, num_dims]
+  const void* rows;  // [num_rows, 2, num_dims]: gates, then what they let through
+  void* output;      // [num_rows, num_dims]
   int64_t num_rows, num_dims;  // a multiple of kLanes
   int32_t num_threads;
 };

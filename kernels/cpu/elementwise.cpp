@@ -1,4 +1,6 @@
 // What stands between a layer's linears, a pass over memory each; every row by itself.
+//
+// bfloat16 values are rounded where transformers' modules round them.
 
 #include "calls.h"
 #include "vectors.h"
@@ -7,25 +9,51 @@ namespace {
 
 constexpr int64_t kAlone = 1 << 15;  // elements below which one thread is done sooner
 
-void normalize(const float* row, const NormCall& call, float* output) {
+template <typename Value>
+void normalize(const Value* row, const NormCall& call, Value* output) {
+  const Value* weight = static_cast<const Value*>(call.weight);
   Floats squares = {};
   for (int64_t i = 0; i < call.num_dims; i += kLanes) {
-    const Floats value = load<Floats>(row + i);
+    const Floats value = load_floats(row + i);
     squares += value * value;
   }
   const float scale = 1.0f / std::sqrt(sum(squares) / call.num_dims + call.epsilon);
   for (int64_t i = 0; i < call.num_dims; i += kLanes)
-    store(output + i, load<Floats>(call.weight + i) * (load<Floats>(row + i) * scale));
+    store_floats(output + i, load_floats(weight + i) * rounded<Value>(load_floats(row + i) * scale));
+}
+
+template <typename Value>
+void normalize_rows(const NormCall* call) {
+  const int64_t dims = call->num_dims;
+#pragma omp parallel for num_threads(call->num_threads) if (call->num_rows * dims > kAlone)
+  for (int64_t row = 0; row < call->num_rows; ++row)
+    normalize(static_cast<const Value*>(call->rows) + row * dims, *call,
+              static_cast<Value*>(call->output) + row * dims);
 }
 
 // The two halves of a head turn together, as rotate_half has them.
-void rotate_head(float* head, const float* cos, const float* sin, int64_t half) {
+template <typename Value>
+void rotate_head(Value* head, const Value* cos, const Value* sin, int64_t half) {
+  const auto product = [](Floats a, const Value* b) { return rounded<Value>(a * load_floats(b)); };
   for (int64_t i = 0; i < half; i += kLanes) {
-    const Floats first = load<Floats>(head + i), second = load<Floats>(head + half + i);
-    store(head + i, first * load<Floats>(cos + i) - second * load<Floats>(sin + i));
-    store(head + half + i,
-          second * load<Floats>(cos + half + i) + first * load<Floats>(sin + half + i));
+    const Floats first = load_floats(head + i), second = load_floats(head + half + i);
+    store_floats(head + i, product(first, cos + i) - product(second, sin + i));
+    store_floats(head + half + i,
+                 product(second, cos + half + i) + product(first, sin + half + i));
   }
+}
+
+template <typename Value>
+void rotate_rows(const RotateCall* call) {
+  const int64_t dims = call->head_dim;
+  const Value* cos = static_cast<const Value*>(call->cos);
+  const Value* sin = static_cast<const Value*>(call->sin);
+  const bool is_large = call->num_rows * call->row_stride > kAlone;
+#pragma omp parallel for num_threads(call->num_threads) if (is_large)
+  for (int64_t row = 0; row < call->num_rows; ++row)
+    for (int64_t head = 0; head < call->num_heads; ++head)
+      rotate_head(static_cast<Value*>(call->rows) + row * call->row_stride + head * dims,
+                  cos + row * dims, sin + row * dims, dims / 2);
 }
 
 // x * sigmoid(x), where e^-|x| cannot overflow.
@@ -34,36 +62,33 @@ Floats silu(Floats x) {
   return x * select(x > 0.0f, splat(1.0f), e) / (e + 1.0f);
 }
 
+template <typename Value>
+void gate_rows(const GateCall* call) {
+  const int64_t dims = call->num_dims;
+#pragma omp parallel for num_threads(call->num_threads) if (call->num_rows * dims > kAlone)
+  for (int64_t row = 0; row < call->num_rows; ++row) {
+    const Value* gate = static_cast<const Value*>(call->rows) + 2 * row * dims;
+    Value* output = static_cast<Value*>(call->output) + row * dims;
+    for (int64_t i = 0; i < dims; i += kLanes)
+      store_floats(output + i,
+                   rounded<Value>(silu(load_floats(gate + i))) * load_floats(gate + dims + i));
+  }
+}
+
 }  // namespace
 
 extern "C" {
 
-void rms_norm(const NormCall* call) {
-  const int64_t dims = call->num_dims;
-#pragma omp parallel for num_threads(call->num_threads) if (call->num_rows * dims > kAlone)
-  for (int64_t row = 0; row < call->num_rows; ++row)
-    normalize(call->rows + row * dims, *call, call->output + row * dims);
-}
+void rms_norm_float32(const NormCall* call) { normalize_rows<float>(call); }
 
-void rotate(const RotateCall* call) {
-  const int64_t dims = call->head_dim;
-  const bool is_large = call->num_rows * call->row_stride > kAlone;
-#pragma omp parallel for num_threads(call->num_threads) if (is_large)
-  for (int64_t row = 0; row < call->num_rows; ++row)
-    for (int64_t head = 0; head < call->num_heads; ++head)
-      rotate_head(call->rows + row * call->row_stride + head * dims, call->cos + row * dims,
-                  call->sin + row * dims, dims / 2);
-}
+void rms_norm_bfloat16(const NormCall* call) { normalize_rows<BFloat16>(call); }
 
-void silu_product(const GateCall* call) {
-  const int64_t dims = call->num_dims;
-#pragma omp parallel for num_threads(call->num_threads) if (call->num_rows * dims > kAlone)
-  for (int64_t row = 0; row < call->num_rows; ++row) {
-    const float* gate = call->rows + 2 * row * dims;
-    for (int64_t i = 0; i < dims; i += kLanes)
-      store(call->output + row * dims + i,
-            silu(load<Floats>(gate + i)) * load<Floats>(gate + dims + i));
-  }
-}
+void rotate_float32(const RotateCall* call) { rotate_rows<float>(call); }
+
+void rotate_bfloat16(const RotateCall* call) { rotate_rows<BFloat16>(call); }
+
+void silu_product_float32(const GateCall* call) { gate_rows<float>(call); }
+
+void silu_product_bfloat16(const GateCall* call) { gate_rows<BFloat16>(call); }
 
 }  // extern "C"

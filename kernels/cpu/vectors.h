@@ -82,13 +82,25 @@ inline float to_float(BFloat16 value) {
 
 inline void store_floats(float* to, Floats vector) { store(to, vector); }
 
-// To the nearest, ties to even; NaN stays NaN.
-inline void store_floats(BFloat16* to, Floats vector) {
+// The upper halves of the nearest bfloat16 values, ties to even; NaN stays NaN.
+inline Words narrowed(Floats vector) {
   const Words words = reinterpret_cast<const Words&>(vector);
   const Words rounded = words + 0x7FFF + ((words >> 16) & 1);
   const Words nan = reinterpret_cast<const Words&>(static_cast<const Ints&>(vector != vector));
-  const Words upper = ((rounded & ~nan) | ((words | 0x400000) & nan)) >> 16;
-  store(to, __builtin_convertvector(upper, Halves));
+  return ((rounded & ~nan) | ((words | 0x400000) & nan)) >> 16;
+}
+
+inline void store_floats(BFloat16* to, Floats vector) {
+  store(to, __builtin_convertvector(narrowed(vector), Halves));
+}
+
+// What a Value of it would be.
+template <typename Value>
+inline Floats rounded(Floats vector) {
+  if constexpr (sizeof(Value) == 2)
+    return as_floats(narrowed(vector) << 16);
+  else
+    return vector;
 }
 
 inline Floats select(Ints condition, Floats yes, Floats no) { return condition ? yes : no; }

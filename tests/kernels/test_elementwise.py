@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from magicdec.kernels import reference
 from magicdec.kernels.compiled import compiled_library
@@ -15,9 +16,9 @@ DIMS = st.integers(1, 8).map(lambda n: 32 * n)
 SIZES = st.sampled_from([1e-3, 1.0, 80.0])
 
 
-def kernels() -> CpuElementwise:
+def kernels(dtype: torch.dtype = torch.float32) -> CpuElementwise:
     assert LIBRARY is not None
-    return CpuElementwise(LIBRARY)
+    return CpuElementwise(LIBRARY, dtype)
 
 
 def made_up(*shape: int, size: float, seed: int) -> torch.Tensor:
@@ -74,3 +75,30 @@ def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
     assert torch.equal(kernels().rms_norm(rows[333:334], weight, 1e-6), together[333:334])
     gated = kernels().silu_product(rows)
     assert torch.equal(kernels().silu_product(rows[333:334]), gated[333:334])
+
+
+@settings(max_examples=40, deadline=None)
+@given(num_rows=st.integers(1, 40), size=SIZES, seed=st.integers(0, 999))
+def test_bfloat16_is_rounded_where_transformers_rounds_it(
+    num_rows: int, size: float, seed: int
+) -> None:
+    """All but a few numbers are equal: an exponential or a sum may fall to the other side, and what
+    is next to nothing may be nothing."""
+    rows = made_up(num_rows, 256, size=size, seed=seed).bfloat16()
+    norm = LlamaRMSNorm(256, 1e-5).bfloat16()
+    norm.weight.data = made_up(256, size=1.0, seed=seed).bfloat16()
+    gates, rest = rows.chunk(2, dim=-1)
+    cos, sin = made_up(2, num_rows, 64, size=1.0, seed=seed + 1).bfloat16()
+    heads = rows.view(1, num_rows, 4, 64).transpose(1, 2)
+    turned, _ = apply_rotary_pos_emb(heads, heads, cos[None], sin[None])
+    ours = kernels(torch.bfloat16)
+    with torch.inference_mode():
+        pairs = [
+            (ours.rms_norm(rows, norm.weight, 1e-5), norm(rows)),
+            (ours.silu_product(rows), torch.nn.functional.silu(gates) * rest),
+            (ours.rotate(rows.clone(), cos, sin, 4), turned[0].transpose(0, 1).flatten(1)),
+        ]
+    for actual, expected in pairs:
+        torch.testing.assert_close(actual, expected, atol=1e-30, rtol=2**-7)
+        num_different = int(((actual - expected).abs() > 1e-30).sum())
+        assert num_different <= 2 + expected.numel() // 200

@@ -98,6 +98,26 @@ def test_a_fused_model_gives_the_models_logits(family: str) -> None:
     assert packed and not any(type(child) is nn.Linear for child in module.modules())
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral_sliding", "qwen2"])
+def test_a_bfloat16_model_is_fused_too(family: str) -> None:
+    assert LIBRARY is not None
+    module = made(family).bfloat16()
+    expected = logits(describe_model(module, "bfloat16"))
+    fuse_modules(module, LIBRARY)
+    assert kinds(module) == set(FUSED[family])
+    found = logits(describe_model(module, "bfloat16"))
+    differences = (found - expected).abs()
+    assert float(differences.mean()) < 2**-8 * float(expected.abs().max())
+
+
+def test_a_norm_that_rounds_elsewhere_stays_in_bfloat16() -> None:
+    """Gemma multiplies with its weight before it rounds."""
+    assert LIBRARY is not None
+    module = made("gemma2").bfloat16()
+    fuse_modules(module, LIBRARY)
+    assert FusedRmsNorm not in kinds(module)
+
+
 def test_modules_that_compute_something_else_stay() -> None:
     assert LIBRARY is not None
     module = made("llama")
