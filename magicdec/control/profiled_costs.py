@@ -9,7 +9,9 @@ from magicdec.config import MAX_DRAFT_LENGTH, OBSERVATION_WINDOW, SpeculativeCon
 from magicdec.control.cost_correction import CostCorrection
 from magicdec.control.round_costs import RoundLoad
 from magicdec.control.round_shapes import RoundShapes
+from magicdec.control.step_corrections import EXTRA_ROWS, StepCorrections
 from magicdec.cost_model import VERIFY, Floats, StepShape, draft_kind
+from magicdec.draft_choice import TRAITS
 from magicdec.profiling.step_profile import (
     PREFILL,
     StepProfile,
@@ -22,6 +24,8 @@ from magicdec.roofline import ModelGeometry
 _OVERHEAD_RATE = 0.1
 _MAX_OVERHEAD = 1.0  # seconds: something else held the process up
 _MOST_ROWS = MAX_DRAFT_LENGTH + 1  # of a sequence in a verify forward
+_ANOTHER_LOAD = 1.25  # times the K/V, or other rows: what was learnt is less sure
+DRAFT_KINDS = frozenset(draft_kind(drafter) for drafter in TRAITS)
 
 
 class ProfiledRoundCosts:
@@ -31,8 +35,7 @@ class ProfiledRoundCosts:
     rows, a prefill chunk beside them, and once in refresh_rounds the observation by which a
     drafter chooses its view again. `observe` feeds the correction of each kind.
 
-    Draft steps are corrected beside VERIFY: a machine that slows down slows both, and plain rounds
-    show it while nothing is drafted.
+    A machine that slows down slows all steps, and plain rounds show it while nothing is drafted.
     """
 
     def __init__(
@@ -43,7 +46,10 @@ class ProfiledRoundCosts:
         self._verify, self._prefill = profile.model.cost(VERIFY), profile.model.cost(PREFILL)
         self._shapes = RoundShapes(geometry, config)
         self._refresh_rounds = config.selection.refresh_rounds
-        self._corrections = {kind: CostCorrection() for kind in profile.model.costs}
+        self._kinds = frozenset(profile.model.costs)
+        self._steps = StepCorrections([kind for kind in self._kinds if kind in DRAFT_KINDS])
+        self._chunks = CostCorrection()  # of PREFILL
+        self._last_load = (0, 0.0)  # decode rows and their K/V bytes, as observed
         self._overhead = 0.0  # of a round beside its forwards
         # Of the load that was asked about last, until a correction moves.
         self._load: RoundLoad | None = None
@@ -56,26 +62,26 @@ class ProfiledRoundCosts:
 
     @property
     def factors(self) -> dict[str, float]:
-        """How much slower each kind of step is now than profiled, drafts beyond what VERIFY is."""
-        return {kind: correction.factor for kind, correction in self._corrections.items()}
+        """How much slower steps are now than profiled: as of StepCorrections, and PREFILL."""
+        return {**self._steps.factors, PREFILL: self._chunks.factor}
 
     @property
     def observed_factors(self) -> dict[str, float]:
         """The same of the kinds that were observed here."""
-        observed = (item for item in self._corrections.items() if item[1].num_observed > 0)
-        return {kind: correction.factor for kind, correction in observed}
+        chunks = {PREFILL: self._chunks.factor} if self._chunks.num_observed > 0 else {}
+        return self._steps.observed_factors | chunks
 
     def begin_at(self, factors: Mapping[str, float]) -> None:
         """What other replicas found, for the kinds that nothing was observed of here."""
-        for kind, factor in factors.items():
-            if kind in self._corrections:
-                self._corrections[kind].begin_at(factor)
+        self._steps.begin_at(factors)
+        if PREFILL in factors:
+            self._chunks.begin_at(factors[PREFILL])
         self._load = None
 
     @property
     def num_dropped(self) -> int:
         """Times that were not finite and positive, or absurdly far from the prediction."""
-        return sum(correction.num_dropped for correction in self._corrections.values())
+        return self._steps.num_dropped + self._chunks.num_dropped
 
     def seconds(
         self, load: RoundLoad, drafter: str, draft_length: int, draft_budget: float
@@ -92,7 +98,7 @@ class ProfiledRoundCosts:
     def prefill_seconds(self, load: RoundLoad) -> float:
         """What the load's prefill chunks would take without its decode rows."""
         chunk = self._shapes.chunk(load.num_prefill_rows, load.prefill_products)
-        return self._corrections[PREFILL].factor * self._added(0, chunk)
+        return self._chunks.factor * self._added(0, chunk)
 
     def observe_overhead(self, seconds: float) -> None:
         """What a round took beside its forwards. One that cannot be moves nothing."""
@@ -113,7 +119,9 @@ class ProfiledRoundCosts:
         products = float(sum(len(s.token_ids) * s.num_tokens for s in chunks))
         chunk = self._shapes.chunk(sum(len(s.token_ids) for s in chunks), products)
         decode = _sum(parts)
-        decode_seconds = self._profile.seconds(VERIFY, decode) if rows else 0.0
+        plain = self._shapes.rows(_contexts([s for s, _ in rows]))
+        plain_seconds = self._profile.seconds(VERIFY, plain) if rows else 0.0
+        extra_seconds = self._profile.seconds(VERIFY, decode) - plain_seconds if rows else 0.0
         chunk_seconds = self._added(decode.num_rows, chunk)
         prompts = [self._prompt_seconds(s) for s in chunks if s.sampling is not None]
         observed = [seconds for seconds in prompts if seconds > 0.0]
@@ -125,20 +133,25 @@ class ProfiledRoundCosts:
         ]
         num_looking = sum(seconds > 0.0 for seconds in looks)
         if num_looking > 0:  # which of them did is not said
-            decode_seconds += sum(looks) * (result.num_observed - len(observed)) / num_looking
-        self._correct(decode_seconds, chunk_seconds, result.verify_seconds)
+            plain_seconds += sum(looks) * (result.num_observed - len(observed)) / num_looking
+        self._note_load(plain)
+        self._correct(plain_seconds, extra_seconds, chunk_seconds, result.verify_seconds)
 
     def _weigh(self, load: RoundLoad) -> None:
         """What does not depend on who drafts, nor over how much."""
         self._contexts = np.array(load.context_lens, dtype=np.float64)
         self._plain = self._shapes.rows(self._contexts)
         chunk = self._shapes.chunk(load.num_prefill_rows, load.prefill_products)
-        verify, prefill = self._corrections[VERIFY].factor, self._corrections[PREFILL].factor
+        verify, prefill = self._steps.factor(VERIFY), self._chunks.factor
+        rows = self._steps.factor(EXTRA_ROWS)
         num_rows = self._plain.num_rows
         decode = [0.0] * _MOST_ROWS
         if num_rows > 0:
             decode = self._profile.seconds_by_rows(VERIFY, self._plain, _MOST_ROWS)
-        self._forwards = [self._overhead + verify * seconds for seconds in decode]
+        self._forwards = [
+            self._overhead + verify * (decode[0] + rows * (seconds - decode[0]))
+            for seconds in decode
+        ]
         if chunk.num_rows > 0:
             self._forwards = [
                 seconds + prefill * self._added(num_rows * n, chunk)
@@ -168,7 +181,7 @@ class ProfiledRoundCosts:
         kind = draft_kind(drafter)
         step = self._profile.seconds(kind, shape)
         begin = self._profile.known_seconds(begin_kind(drafter), shape)
-        factor = self._corrections[VERIFY].factor * self._corrections[kind].factor
+        factor = self._steps.factor(VERIFY) * self._steps.factor(kind)
         forwards = self._observed.get(drafter) or self._with_observation(drafter)
         curve = [factor * (begin + n * step) + forward for n, forward in enumerate(forwards)]
         self._curves[drafter, draft_budget] = curve
@@ -177,8 +190,8 @@ class ProfiledRoundCosts:
     def _with_observation(self, drafter: str) -> list[float]:
         """Verify forwards of rounds that this one drafts, on the mean of refresh_rounds."""
         forwards, kind = self._forwards, observe_kind(drafter)
-        if kind in self._corrections:
-            share = self._corrections[VERIFY].factor / self._refresh_rounds
+        if kind in self._kinds:
+            share = self._steps.factor(VERIFY) / self._refresh_rounds
             looks = self._profile.seconds_by_rows(kind, self._plain, _MOST_ROWS)
             forwards = [a + share * b for a, b in zip(forwards, looks, strict=True)]
         self._observed[drafter] = forwards
@@ -196,7 +209,7 @@ class ProfiledRoundCosts:
         """Where several drafters drafted, the time says nothing of each."""
         drafting = [s for s in sequences if s.draft_length > 0 and s.draft is not None]
         names = {s.draft.drafter for s in drafting if s.draft is not None}
-        kinds = {draft_kind(name) for name in names} & self._corrections.keys()
+        kinds = {draft_kind(name) for name in names} & self._kinds
         if len(names) != 1 or not kinds:
             return
         drafter, kind = names.pop(), kinds.pop()
@@ -207,15 +220,28 @@ class ProfiledRoundCosts:
         num_steps = max(s.draft_length for s in drafting)
         predicted = begin + num_steps * self._profile.seconds(kind, shape)
         if predicted > 0.0:  # nobody timed it
-            self._corrections[kind].observe(self._corrections[VERIFY].factor * predicted, seconds)
+            self._steps.observe_drafts(kind, predicted, seconds)
 
-    def _correct(self, decode_seconds: float, chunk_seconds: float, measured: float) -> None:
+    def _note_load(self, plain: StepShape) -> None:
+        rows, num_bytes = self._last_load
+        if plain.num_rows == 0:
+            return
+        grown = plain.kv_bytes > _ANOTHER_LOAD * num_bytes
+        if plain.num_rows != rows or grown or _ANOTHER_LOAD * plain.kv_bytes < num_bytes:
+            self._steps.expect_another_load()
+            self._last_load = plain.num_rows, plain.kv_bytes
+
+    def _correct(
+        self, plain_seconds: float, extra_seconds: float, chunk_seconds: float, measured: float
+    ) -> None:
         """What a forward took beyond or below its prediction is put down to its greater part."""
-        verify, prefill = self._corrections[VERIFY], self._corrections[PREFILL]
+        decode_seconds = plain_seconds + self._steps.factor(EXTRA_ROWS) * extra_seconds
         if chunk_seconds > decode_seconds:
-            prefill.observe(chunk_seconds, measured - verify.factor * decode_seconds)
+            decode_seconds *= self._steps.factor(VERIFY)
+            self._chunks.observe(chunk_seconds, measured - decode_seconds)
         elif decode_seconds > 0.0:
-            verify.observe(decode_seconds, measured - prefill.factor * chunk_seconds)
+            left = measured - self._chunks.factor * chunk_seconds
+            self._steps.observe_forward(plain_seconds, extra_seconds, left)
 
 
 def _contexts(sequences: Sequence[ScheduledSequence]) -> Floats:

@@ -211,7 +211,7 @@ def test_drafts_that_were_not_found_are_no_rows() -> None:
     plain = PlantedExecutor(CONFIG, 4000, 9000, packs=False).execute(decode("ngram", 0))
     for _ in range(10):
         costs.observe(batch, replace(plain, draft_seconds=1e-4))
-    assert costs.factors[VERIFY] == pytest.approx(1.0)
+    assert costs.factors[VERIFY] == pytest.approx(1.0, rel=0.01)
 
 
 def test_drafters_that_drafted_together_are_not_told_apart() -> None:
