@@ -68,13 +68,13 @@ class StepCorrections:
 
     def expect_another_load(self) -> None:
         """What was learnt of one batch is less sure of another."""
-        self._covariance += np.eye(len(self._index)) * _OTHER_LOAD**2
+        self._loosen(np.full(len(self._index), _OTHER_LOAD**2))
 
     def observe_forward(
         self, plain_seconds: float, extra_seconds: float, measured_seconds: float
     ) -> None:
         """A verify pass: what the profile says of one row a sequence, and of the rows beyond."""
-        self._covariance += np.diag(self._steps)
+        self._loosen(self._steps)
         extra = self.factor(EXTRA_ROWS) * extra_seconds
         predicted = plain_seconds + extra
         direction = np.zeros(len(self._index))
@@ -89,6 +89,11 @@ class StepCorrections:
         direction[[0, self._index[kind]]] = 1.0
         predicted = self.factor(kind) * predicted_seconds
         self._observe((kind,), direction, predicted, measured_seconds)
+
+    def _loosen(self, variances: Floats) -> None:
+        """Up to what was unknown at the beginning, however long a kind is not seen."""
+        room = np.maximum(_PRIOR_SPREAD**2 - np.diag(self._covariance), 0.0)
+        self._covariance = self._covariance + np.diag(np.minimum(variances, room))
 
     def _observe(
         self, kinds: tuple[str, ...], direction: Floats, predicted: float, measured: float

@@ -121,3 +121,17 @@ def test_what_others_found_counts_until_something_is_seen_here() -> None:
     corrections.begin_at({VERIFY: 5.0, DRAFT: 1.2})
     assert corrections.factor(VERIFY) == pytest.approx(2.0, rel=0.1)
     assert corrections.factor(DRAFT) == pytest.approx(1.2)
+
+
+def test_a_kind_that_was_long_unseen_is_no_surer_nor_wilder_than_at_the_beginning() -> None:
+    """Batches that change every round leave room for one odd time of it to be a stall."""
+    corrections, machine = StepCorrections([DRAFT]), Machine()
+    for _ in range(3000):
+        corrections.expect_another_load()
+        machine.play(corrections, drafted=False)
+    corrections.observe_drafts(DRAFT, DRAFTS, 5.0 * DRAFTS)
+    assert corrections.factor(DRAFT) == 1.0
+    for _ in range(8):
+        corrections.observe_drafts(DRAFT, DRAFTS, 1.3 * DRAFTS)
+        machine.play(corrections, drafted=False)
+    assert corrections.factor(DRAFT) == pytest.approx(1.3, rel=0.1)
