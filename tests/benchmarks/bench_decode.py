@@ -31,6 +31,7 @@ from magicdec.executor import LocalExecutor
 from magicdec.model_loader import load_tokenizer, read_model_facts
 from magicdec.stats import EngineStats
 from magicdec.types import Request, SamplingParams
+from tests.benchmarks.acceptance_rounds import distinct_4grams
 
 
 def main() -> None:
@@ -113,7 +114,8 @@ def measure(engine: Engine, plans: dict[str, Plan], args: argparse.Namespace) ->
             f"{name:12} median {statistics.median(values):6.1f} tokens/s {spread(values)}, "
             f"ratio to plain {statistics.median(ratios):.2f} {spread(ratios)}"
         )
-    print(f"distinct 4-grams of the text: {distinct_4grams(answers):.0%} (a loop drafts itself)")
+    share = distinct_4grams(answers.values())
+    print(f"distinct 4-grams of the text: {share:.0%} (a loop drafts itself)")
 
 
 def segment(
@@ -141,11 +143,6 @@ def segment(
         f"{steps}{name} {verify / rounds * 1e3:6.1f} ms"
     )
     return emitted / (draft + verify), line
-
-
-def distinct_4grams(answers: dict[str, list[int]]) -> float:
-    grams = [tuple(a[i : i + 4]) for a in answers.values() for i in range(len(a) - 3)]
-    return len(set(grams)) / len(grams)
 
 
 def spread(values: list[float]) -> str:

@@ -21,11 +21,10 @@ from tests.benchmarks.bench_grid import append, read_records
 from tests.benchmarks.peers.contender import ContenderFailed, ContenderProcess, start_all
 from tests.benchmarks.peers.contest import Task
 from tests.benchmarks.peers.environment import make_environment
-from tests.benchmarks.peers.report import describe_machine, draw, render
+from tests.benchmarks.peers.report import PREFILL, describe_machine, draw, render
 from tests.benchmarks.peers.specs import ENGINE, HTTP, Settings, engine_specs, http_spec
 from tests.benchmarks.peers.workloads import WORKLOADS, Workload, read_prompts
 
-_PREFILL = -1
 Started = ContenderProcess | str  # a string: why it could not start
 Field = Mapping[str, tuple[Started, bool]]  # by name; the second: adaptive, where it has both
 
@@ -114,12 +113,12 @@ def compete(
     """Prefill of each, then rounds in which each decodes, beginning with another one each time."""
     begin = Task(prompts, 1, workload.temperature, workload.top_p, seed=0)
     names = list(contenders)
-    for number in range(_PREFILL, args.rounds):
+    for number in range(PREFILL, args.rounds):
         turn = max(number, 0) % len(names)
         for name in names[turn:] + names[:turn]:
             process, adaptive = contenders[name]
             task = begin
-            if number != _PREFILL:
+            if number != PREFILL:
                 task = replace(begin, num_tokens=args.tokens, seed=number, adaptive=adaptive)
             found = ask(process, task)
             place = {"workload": asdict(workload), "contender": name, "round": number}

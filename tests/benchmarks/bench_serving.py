@@ -37,6 +37,7 @@ from magicdec.executor import LocalExecutor
 from magicdec.model_loader import load_tokenizer, read_model_facts
 from magicdec.types import Request, SamplingParams
 from tests.benchmarks.bench_decode import spread
+from tests.benchmarks.peers.http_contender import healthy
 
 PORT = 8179
 MODEL_NAME = "benched"
@@ -99,7 +100,7 @@ def served(args: argparse.Namespace, path: str) -> Iterator[psutil.Process]:
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
-        while not healthy():
+        while not healthy(PORT):
             if process.poll() is not None:
                 raise SystemExit(f"magicdec serve ended with {process.returncode}")
             time.sleep(0.1)
@@ -109,13 +110,6 @@ def served(args: argparse.Namespace, path: str) -> Iterator[psutil.Process]:
     finally:
         process.terminate()
         process.wait(timeout=60)
-
-
-def healthy() -> bool:
-    try:
-        return httpx.get(f"http://127.0.0.1:{PORT}/health", timeout=5).status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 def report_memory(server: psutil.Process, config: EngineConfig) -> None:

@@ -23,7 +23,7 @@ class Decoder:
         command += ["--served-name", _NAME, "--port", str(args.port), "--dtype", args.dtype]
         command += ["--num-threads", str(args.threads), "--kv-cache-gib", str(args.kv_cache_gib)]
         server = subprocess.Popen(command, stdout=sys.stderr)
-        while not self._healthy():
+        while not healthy(args.port):
             if server.poll() is not None:
                 raise RuntimeError(f"magicdec serve ended with {server.returncode}")
             time.sleep(0.2)
@@ -50,11 +50,13 @@ class Decoder:
                     watch.add([(choice["index"], choice["token_ids"]) for choice in choices])
         return watch.answer()
 
-    def _healthy(self) -> bool:
-        try:
-            return httpx.get(f"{self._url}/health", timeout=5).status_code == 200
-        except httpx.TransportError:
-            return False
+
+def healthy(port: int) -> bool:
+    """Whether the server on this machine's port answers that it is."""
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from magicdec.profiling.device_rates import device_name
 from tests.benchmarks.acceptance_rounds import distinct_4grams
 from tests.benchmarks.peers.specs import BASELINE
 
-_PREFILL = -1  # the number of the round in which prompts are computed
+PREFILL = -1  # the number of the round in which prompts are computed
 # Colours that people who tell few apart can tell apart (Okabe and Ito).
 _COLOURS = ("#0072B2", "#56B4E9", "#999999", "#E69F00", "#D55E00")
 _HEAD = (
@@ -99,9 +99,9 @@ def _cells(rounds: Sequence[Record], base: dict[int, float]) -> list[str]:
     if not rates:
         return [f"failed: {failed[0] if failed else 'no answer'}", "", "", ""]
     ratios = [rate / base[number] for number, rate in rates.items() if number in base]
-    decoded = [r for r in rounds if r["round"] != _PREFILL and "error" not in r]
+    decoded = [r for r in rounds if r["round"] != PREFILL and "error" not in r]
     grams = statistics.mean(distinct_4grams(r["token_ids"]) for r in decoded)
-    begun = [r for r in rounds if r["round"] == _PREFILL and "error" not in r]
+    begun = [r for r in rounds if r["round"] == PREFILL and "error" not in r]
     prefill = [_num_prompt_tokens(r) / r["begin_seconds"] for r in begun]
     return [
         _spread(list(rates.values()), ".1f") + (f", {len(failed)} failed" if failed else ""),
@@ -116,7 +116,7 @@ def _rates(rounds: Sequence[Record]) -> dict[int, float]:
     return {
         r["round"]: r["num_tokens"] / r["seconds"]
         for r in rounds
-        if r["round"] != _PREFILL and "error" not in r
+        if r["round"] != PREFILL and "error" not in r
     }
 
 
