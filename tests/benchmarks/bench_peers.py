@@ -9,6 +9,7 @@ shown as such. The HTTP figure is taken afterwards, beside the bare engine again
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -68,12 +69,15 @@ def run(args: argparse.Namespace, records: Path) -> None:
     settings = read_settings(args, str(python))
     prompts = read_prompts(args.corpus, settings.model, workloads)
     append(records, {"run": describe_machine(args.threads, sys.argv[1:])})
-    started = start_all(engine_specs(settings, workloads), args.out)
+    started: dict[str, Started] = {}
+    # Contenders are stopped while others are asked: left behind, they would keep their memory.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
+        start_all(engine_specs(settings, workloads), args.out, started)
         for workload in workloads:
             compete(args, records, workload, prompts[workload.name], field(started))
         close({name: started.pop(name) for name in list(started) if name != ENGINE})
-        started |= start_all([http_spec(settings, workloads)], args.out)
+        start_all([http_spec(settings, workloads)], args.out, started)
         served = replace(workloads[0], name=f"{workloads[0].name}, served")
         both = {f"{ENGINE} adaptive": (started[ENGINE], True), HTTP: (started[HTTP], True)}
         compete(args, records, served, prompts[workloads[0].name], both)

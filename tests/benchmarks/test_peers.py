@@ -45,8 +45,9 @@ def test_transformers_and_this_engine_give_the_same_tokens(
         Spec("magicdec", (sys.executable, "-m", f"{MODULES}.magicdec_contender", *model, *room)),
     ]
     prompts = random_prompts([60, 60])
-    started = start_all(specs, tmp_path)
+    started: dict[str, ContenderProcess | str] = {}
     try:
+        start_all(specs, tmp_path, started)
         for adaptive in (False, True):
             asked = Task(prompts, 12, temperature=0.0, top_p=1.0, seed=0, adaptive=adaptive)
             theirs, ours = (p.ask(asked) for p in started.values() if not isinstance(p, str))
@@ -68,7 +69,8 @@ def test_a_contender_that_cannot_start_is_shown_as_failed(tmp_path: Path) -> Non
         "none",
     )
     command += ("--dtype", "float32", "--max-model-len", "100", "--max-num-seqs", "1")
-    found = start_all([Spec("vllm", command)], tmp_path)
+    found: dict[str, ContenderProcess | str] = {}
+    start_all([Spec("vllm", command)], tmp_path, found)
     assert "No module named 'vllm'" in str(found["vllm"])
     workload = {"name": "short", "batch_size": 1, "context_len": 10}
     place = {"workload": workload, "round": 0}

@@ -94,15 +94,16 @@ class ContenderProcess:
             os.killpg(self._process.pid, number)
 
 
-def start_all(specs: Sequence[Spec], folder: Path) -> dict[str, ContenderProcess | str]:
-    """One after the other; a string is why one could not start."""
-    started: dict[str, ContenderProcess | str] = {}
+def start_all(
+    specs: Sequence[Spec], folder: Path, started: dict[str, ContenderProcess | str]
+) -> None:
+    """Adds them to `started`, one after the other, each before it loads: whoever is interrupted
+    closes what is there. A string is why one could not start."""
     for spec in specs:
         process = ContenderProcess(spec, folder / f"{spec.name}.log")
+        started[spec.name] = process
         try:
             process.wait_until_ready()
-            started[spec.name] = process
         except ContenderFailed as error:
             process.close()
             started[spec.name] = str(error)
-    return started
