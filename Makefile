@@ -31,7 +31,7 @@ IMPORTS := import deepspeed, fastapi, gguf, ray.serve, torch, transformers, magi
 LINT_IMPORTS := from importlinter.cli import lint_imports_command as run; run()
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-slow lint format bench bench-peers clean
+.PHONY: help install serve test test-slow test-properties lint format bench bench-peers clean
 
 help: ## Say what the targets do
 	@echo "make serve [DTYPE=float32] [PORT=8000] [MODEL=folder|hub id] [SERVE_ARGS=...]"
@@ -63,13 +63,17 @@ serve: install ## Serve the embedded model on http://127.0.0.1:8000/v1
 	@$(RUN) magicdec.deployments.cli serve --model "$(MODEL)" --dtype "$(DTYPE)" --port "$(PORT)" $(SERVE_ARGS)
 
 # OpenMP threads that spin while they wait starve the other processes of a test.
-test test-slow: export OMP_WAIT_POLICY ?= PASSIVE
+test test-slow test-properties: export OMP_WAIT_POLICY ?= PASSIVE
 
+# The same examples each time (hypothesis's profile `ci`): what fails, fails again.
 test: install ## Run the tests that need neither a GPU nor minutes
-	@$(RUN) pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+	@$(RUN) pytest -m "not slow and not gpu" --hypothesis-profile=ci $(PYTEST_ARGS)
 
 test-slow: install ## Run the tests that take minutes
 	@$(RUN) pytest -m "slow and not gpu" $(PYTEST_ARGS)
+
+test-properties: install ## Run the generated tests on examples that are new each time
+	@$(RUN) pytest -m "hypothesis and not slow and not gpu" --hypothesis-profile=default $(PYTEST_ARGS)
 
 lint: install ## Check style, formatting, types and the direction of imports
 	@failed=0; for check in "ruff check ." "ruff format --check ." "mypy"; do \

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
@@ -77,13 +77,15 @@ def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
     assert torch.equal(kernels().silu_product(rows[333:334]), gated[333:334])
 
 
+@example(num_rows=12, size=80.0, seed=874)
 @settings(max_examples=40, deadline=None)
 @given(num_rows=st.integers(1, 40), size=SIZES, seed=st.integers(0, 999))
 def test_bfloat16_is_rounded_where_transformers_rounds_it(
     num_rows: int, size: float, seed: int
 ) -> None:
-    """All but a few numbers are equal: an exponential or a sum may fall to the other side, and what
-    is next to nothing may be nothing."""
+    """All but a few numbers are equal: an exponential or a sum may fall to the other side, a unit
+    of 2^-7 at most, which a product's own rounding may make two; what is next to nothing may be
+    nothing."""
     rows = made_up(num_rows, 256, size=size, seed=seed).bfloat16()
     norm = LlamaRMSNorm(256, 1e-5).bfloat16()
     norm.weight.data = made_up(256, size=1.0, seed=seed).bfloat16()
@@ -99,6 +101,6 @@ def test_bfloat16_is_rounded_where_transformers_rounds_it(
             (ours.rotate(rows.clone(), cos, sin, 4), turned[0].transpose(0, 1).flatten(1)),
         ]
     for actual, expected in pairs:
-        torch.testing.assert_close(actual, expected, atol=1e-30, rtol=2**-7)
+        torch.testing.assert_close(actual, expected, atol=1e-30, rtol=2**-6)
         num_different = int(((actual - expected).abs() > 1e-30).sum())
         assert num_different <= 2 + expected.numel() // 200
