@@ -16,11 +16,11 @@ from magicdec.acceptance.prior import Floats
 from magicdec.acceptance.records import Observation
 from magicdec.batch import Plan
 from magicdec.config import MAX_DRAFT_LENGTH, check_at_least, check_share
-from magicdec.control.cost_correction import MAX_ABSURDITY
 from magicdec.control.exploration import ExplorationAccount
 from magicdec.control.request_lengths import Candidate, split_rows, trim_rows
 from magicdec.control.round_costs import RoundCosts, RoundLoad
 from magicdec.control.round_forecast import Forecast, Forecaster
+from magicdec.control.step_corrections import MAX_ABSURDITY
 
 _LOOK_EVERY = 2  # decisions between looks for something to try, where no request is new
 _SLOW = 1.3  # times the predicted seconds: what a trial takes below that is the machine's noise

@@ -16,7 +16,7 @@ from magicdec.draft_choice import TRAITS
 _MOST_EXAMINED = 1e6
 _MOST_DROPPED = 2**40
 _MOST_SETTINGS, _MOST_KINDS = 128, 64
-_FACTORS = (0.005, 200.0)  # beyond 100 times no time is believed: cost_correction.py
+_FACTORS = (0.005, 200.0)  # beyond 100 times no time is believed: step_corrections.py
 
 Setting = tuple[str, float]  # drafter and draft budget
 

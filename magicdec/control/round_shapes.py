@@ -25,16 +25,21 @@ class RoundShapes:
         window = draft_model.window if draft_model is not None else None
         self._draft_model_reads = math.inf if window is None else float(window)
 
-    def rows(self, contexts: Floats, num_rows: int = 1) -> StepShape:
-        """A forward of so many rows a sequence."""
-        seen, count = self._seen(contexts), len(contexts)
-        return StepShape(count * num_rows, seen * self._bytes_per_token, num_rows * seen, count)
+    def rows(self, contexts: Floats, num_rows: int | Floats = 1) -> StepShape:
+        """A forward of so many rows a sequence, all alike or [num_sequences]."""
+        seen, counts = self._seen(contexts), np.broadcast_to(num_rows, contexts.shape)
+        return StepShape(
+            int(counts.sum()),
+            float(seen.sum()) * self._bytes_per_token,
+            float(counts @ seen),
+            len(contexts),
+        )
 
     def chunk(self, num_rows: int, products: float) -> StepShape:
         """A prefill chunk, or several; `products` as in RoundLoad."""
         if num_rows == 0:
             return StepShape(0, 0.0, 0.0, 0)
-        seen = self._seen(np.array([products / num_rows]))
+        seen = float(self._seen(np.array([products / num_rows]))[0])
         return StepShape(num_rows, 0.0, num_rows * seen, 0)
 
     def draft_step(self, contexts: Floats, reads: float) -> StepShape:
@@ -49,8 +54,9 @@ class RoundShapes:
             return draft_budget
         return self._draft_model_reads if drafter == "draft_model" else math.inf
 
-    def _seen(self, contexts: Floats) -> float:
-        """Positions that one row a sequence attends to, on the mean over the layers."""
+    def _seen(self, contexts: Floats) -> Floats:
+        """Positions that a row of each sequence attends to, on the mean over the layers."""
         if len(self._windows) == 1 and self._windows[0][0] == math.inf:
-            return float(contexts.sum())
-        return sum(s * float(np.minimum(contexts, window).sum()) for window, s in self._windows)
+            return contexts
+        cut = [share * np.minimum(contexts, window) for window, share in self._windows]
+        return np.asarray(np.sum(cut, axis=0))

@@ -84,6 +84,24 @@ class StepProfile:
         """0 for a kind without a cost: not every drafter begins or observes."""
         return self.seconds(kind, shape) if kind in self.model.costs else 0.0
 
+    def read_seconds(self, kind: str, shape: StepShape) -> float:
+        """The part of `seconds` that reading K/V is."""
+        return self.model.cost(kind).per_kv_byte * shape.kv_bytes
+
+    def added_seconds(self, num_rows: int, chunk: StepShape) -> float:
+        """What a prefill chunk adds to a forward of so many decode rows; without any, all that it
+        takes."""
+        if chunk.num_rows == 0:
+            return 0.0
+        if num_rows == 0:
+            return self.seconds(PREFILL, chunk)
+        verify, prefill = self.model.cost(VERIFY), self.model.cost(PREFILL)
+        linears = verify.per_row * num_rows
+        together = linears + prefill.per_row * chunk.num_rows
+        added = max(verify.weights, together) - max(verify.weights, linears)
+        added += self.departure(num_rows + chunk.num_rows) - self.departure(num_rows)
+        return max(added, 0.0) + prefill.per_row_product * chunk.row_products
+
     def departure(self, num_rows: int) -> float:
         """Seconds that a forward of so many rows takes beyond the model's."""
         return self._departures[num_rows] if num_rows < _CURVE_END else 0.0

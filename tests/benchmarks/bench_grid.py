@@ -6,7 +6,8 @@ python -m tests.benchmarks.bench_grid --report --out grid.jsonl
 All prompts are prefilled once; every pair begins anew from the prefix cache, at the length of its
 point. Within a pair all arms take turns on one live batch, round by round, so that what else the
 machine does falls on all of them, and so does a refresh of `recycled`. Pairs that the file holds
-are not run again; one adaptive policy sees the whole run.
+are not run again; one adaptive policy sees the whole run, and some rounds of every point before it
+is timed there: how fast it learns is what bench_workload measures.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from typing import Any
 from magicdec.deployments.embedded_model import EMBEDDED_MODEL_NAME
 from magicdec.deployments.live_bench import PLAIN, answer_tokens
 from tests.benchmarks.grid_report import render
-from tests.benchmarks.policy_arms import ARMS, Bench, describe
+from tests.benchmarks.policy_arms import ADAPTIVE, ARMS, Bench, describe
 
 _BLOCK = 64
 
@@ -44,6 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=2.0, help="of plain rounds, a pair")
     parser.add_argument("--least-rounds", type=int, default=4, help="of each arm, a pair")
     parser.add_argument("--most-rounds", type=int, default=24)
+    parser.add_argument("--settle", type=int, default=24, help="adaptive rounds before a point")
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--out", type=Path, required=True, help="JSONL, appended to")
     parser.add_argument("--report", action="store_true", help="print what the file holds")
@@ -81,6 +83,8 @@ def measure_point(
     if all((*point, pair) in done for pair in range(args.pairs)):
         return
     sampling = {"temperature": args.temperature}
+    if args.settle > 0:
+        bench.compare((ADAPTIVE,), prompts, args.settle, seed=101, **sampling)
     warm = bench.compare(ARMS, prompts, args.least_rounds, seed=100, **sampling)[PLAIN]
     wanted = round(args.seconds / (warm.seconds / len(warm.rounds)))
     num_rounds = max(args.least_rounds, min(args.most_rounds, wanted))

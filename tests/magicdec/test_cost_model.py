@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magicdec.control.cost_correction import CostCorrection
 from magicdec.cost_model import (
     VERIFY,
     CostModel,
@@ -208,52 +207,3 @@ def test_cost_model_names_the_kinds_it_knows() -> None:
     assert model.seconds("draft:ngram", shape) < COST.seconds(shape)
     with pytest.raises(KeyError, match="no cost of 'draft:snapkv'; known are draft:ngram, verify"):
         model.cost("draft:snapkv")
-
-
-absurd = st.sampled_from([math.nan, math.inf, -math.inf, -1.0, 0.0, 1000.0, 1e-3, 1e308])
-ordinary = st.floats(0.5, 2.0)
-
-
-@given(st.lists(st.one_of(ordinary, absurd), max_size=60))
-def test_correction_is_never_moved_by_absurd_times(ratios: list[float]) -> None:
-    """Absurd ones are dropped and counted: the factor is what the ordinary ones alone give."""
-    mixed, clean = CostCorrection(), CostCorrection()
-    usable = [r for r in ratios if 0.5 <= r <= 2.0]
-    for ratio in ratios:
-        mixed.observe(0.02, 0.02 * ratio)
-    for ratio in usable:
-        clean.observe(0.02, 0.02 * ratio)
-    assert mixed.factor == clean.factor
-    assert mixed.num_dropped == len(ratios) - len(usable)
-    assert clean.num_dropped == 0
-
-
-@pytest.mark.parametrize("predicted", [math.nan, math.inf, 0.0, -1.0])
-def test_correction_drops_a_prediction_that_cannot_be(predicted: float) -> None:
-    correction = CostCorrection()
-    correction.observe(predicted, 0.02)
-    assert (correction.factor, correction.num_dropped) == (1.0, 1)
-
-
-@given(st.lists(st.floats(0.9, 1.1), min_size=5, max_size=20), st.floats(0.011, 99.0))
-def test_correction_stays_within_ordinary_times_beside_a_spike(
-    ratios: list[float], spike: float
-) -> None:
-    correction = CostCorrection()
-    for ratio in [*ratios[:5], spike, *ratios[5:]]:
-        correction.observe(1.0, ratio)
-        assert min(*ratios, 1.0) - 1e-9 <= correction.factor <= max(*ratios, 1.0) + 1e-9
-
-
-@pytest.mark.parametrize("change", [0.5, 1.3, 3.0])
-def test_correction_follows_a_lasting_change(change: float) -> None:
-    correction = CostCorrection()
-    for _ in range(30):
-        correction.observe(1.0, 1.0)
-    path = []
-    for _ in range(12):
-        correction.observe(1.0, change)
-        path.append(correction.factor)
-    assert path[1] == 1.0, "two odd steps are no change yet"
-    assert path[-1] == pytest.approx(change, rel=0.05)
-    assert path[7] == pytest.approx(change, rel=0.3), "eight rounds in"

@@ -19,6 +19,7 @@ from magicdec.config import (
 from magicdec.control.profiled_costs import ProfiledRoundCosts
 from magicdec.control.round_costs import RoundLoad
 from magicdec.control.round_shapes import RoundShapes
+from magicdec.control.step_corrections import COMPUTE
 from magicdec.cost_model import VERIFY, CostModel, StepCost, StepShape, draft_kind
 from magicdec.profiling.profile_probes import Probe, ProbePool
 from magicdec.profiling.step_profile import PREFILL, StepProfile, begin_kind, observe_kind
@@ -177,15 +178,22 @@ def test_costs_follow_a_machine_that_slows_down_kind_by_kind() -> None:
     assert costs.num_dropped == 0
 
 
-def test_what_a_mixed_forward_takes_is_put_down_to_its_greater_part() -> None:
-    costs = round_costs()
-    rows, long = decode("ngram", 0), Probe(1, 3000, num_rows=400)
+def test_rounds_without_a_chunk_settle_whether_the_machine_or_its_prefill_is_slower() -> None:
+    costs, rows = round_costs(), decode("ngram", 0)
+    long = Probe(1, 3000, num_rows=400)
     chunk = POOL.batch(long, [99], GREEDY)
     mixed = Batch((rows.sequences[0], replace(chunk.sequences[0], block_table=np.arange(60, 120))))
     for _ in range(20):
         run(costs, mixed, slower=1.4)
-    assert costs.factors[VERIFY] == 1.0
-    assert costs.factors[PREFILL] == pytest.approx(1.4, rel=0.1)
+    beside = RoundLoad((3000,), 400, 400 * 3400.0)
+    together = costs.seconds(beside, "ngram", 0, 512)
+    for _ in range(20):
+        run(costs, rows)
+    assert costs.seconds(RoundLoad((3000,) * 4), "ngram", 0, 512) == pytest.approx(
+        seconds(VERIFY, [3000] * 4), rel=0.05
+    )
+    assert costs.factors[PREFILL] > 1.2
+    assert costs.seconds(beside, "ngram", 0, 512) == pytest.approx(together, rel=0.1)
 
 
 def test_rounds_that_observe_are_told_from_those_that_do_not() -> None:
@@ -211,7 +219,7 @@ def test_drafts_that_were_not_found_are_no_rows() -> None:
     plain = PlantedExecutor(CONFIG, 4000, 9000, packs=False).execute(decode("ngram", 0))
     for _ in range(10):
         costs.observe(batch, replace(plain, draft_seconds=1e-4))
-    assert costs.factors[VERIFY] == pytest.approx(1.0, rel=0.01)
+    assert costs.factors[COMPUTE] == pytest.approx(1.0, rel=0.01)
 
 
 def test_drafters_that_drafted_together_are_not_told_apart() -> None:

@@ -12,6 +12,7 @@ from magicdec.config import AdaptiveConfig, SpeculativeConfig
 from magicdec.control.profiled_costs import ProfiledRoundCosts
 from magicdec.control.round_costs import RoundLoad
 from magicdec.control.round_policy import AdaptivePolicy, DecodeCosts
+from magicdec.control.step_corrections import COMPUTE
 from magicdec.cost_model import VERIFY, CostModel, StepCost, draft_kind
 from magicdec.profiling.step_profile import PREFILL, StepProfile, observe_kind
 from magicdec.types import SamplingParams, SpeculationParams
@@ -149,18 +150,18 @@ def test_what_rounds_show_reaches_others_and_is_taken_from_them() -> None:
         taught.observe(batch, outcome_of(batch, num_accepted=0), 0.12)
     snapshot = taught.snapshot()
     assert snapshot.acceptance.cells and snapshot.num_dropped == 0
-    assert snapshot.cost_factors[VERIFY] == pytest.approx(1.0, rel=0.05)
-    fresh.merge(replace(snapshot, cost_factors={VERIFY: 3.0, "unknown": 2.0}))
+    assert snapshot.cost_factors[COMPUTE] == pytest.approx(1.0, rel=0.05)
+    fresh.merge(replace(snapshot, cost_factors={COMPUTE: 3.0, "unknown": 2.0}))
     assert fresh.controller.acceptance.expected_tokens("recycled", 24, 500, 8) < before
-    assert fresh.costs.factors[VERIFY] == pytest.approx(3.0)
+    assert fresh.costs.factors[COMPUTE] == pytest.approx(3.0)
     assert not fresh.snapshot().cost_factors, "nor what they found of its steps"
     assert not fresh.snapshot().acceptance.cells, "others' counts are not handed on as its own"
     batch = step_of(fresh, ("c",), (50,))
     for _ in range(20):
         fresh.observe(batch, outcome_of(batch, 0), 0.12)
-    found = fresh.snapshot().cost_factors[VERIFY]
-    fresh.merge(replace(snapshot, cost_factors={VERIFY: 3.0}))
-    assert fresh.snapshot().cost_factors[VERIFY] == found, "what is seen here counts alone"
+    found = fresh.snapshot().cost_factors[COMPUTE]
+    fresh.merge(replace(snapshot, cost_factors={COMPUTE: 3.0}))
+    assert fresh.snapshot().cost_factors[COMPUTE] == found, "what is seen here counts alone"
 
 
 def test_a_request_s_own_wish_is_learnt_from_and_is_no_round_of_the_controller() -> None:
@@ -183,7 +184,7 @@ def test_time_around_the_forwards_is_part_of_a_round() -> None:
         batch = step_of(policy, ("a",), (50,))
         result = outcome_of(batch, num_accepted=1)
         policy.observe(batch, result, result.draft_seconds + result.verify_seconds + 0.05)
-    factor = policy.costs.factors[VERIFY]
+    factor = policy.costs.factors[COMPUTE]
     after = policy.costs.seconds(load, "recycled", 0, 24)
     assert after - factor * before == pytest.approx(0.05, rel=0.02)
     for wrong in (float("nan"), float("inf"), -1.0, 1e9):

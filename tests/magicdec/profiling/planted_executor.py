@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 from magicdec.batch import Batch, ScheduledSequence, SequenceResult, StepResult
-from magicdec.config import EngineConfig, SchedulerConfig
+from magicdec.config import OBSERVATION_WINDOW, EngineConfig, SchedulerConfig
 from magicdec.cost_model import VERIFY, StepCost, StepShape, draft_kind
 from magicdec.drafters.self_draft import POLICIES
 from magicdec.profiling.device_rates import RankDevice
@@ -149,6 +149,9 @@ class PlantedExecutor:
         return self.rounds[s.sequence_id] % every == 1 % every
 
     def _look_seconds(self, s: ScheduledSequence) -> float:
-        rows = len(s.token_ids) + s.draft_length
-        contexts = [s.num_computed_tokens if s.is_decode_row else s.num_tokens]
-        return _LOOK.seconds(GEOMETRY.step_shape([rows], contexts))
+        """Of a prompt's chunk its last rows are observed alone."""
+        if s.is_decode_row:
+            rows, context = 1 + s.draft_length, s.num_computed_tokens
+        else:
+            rows, context = min(OBSERVATION_WINDOW, len(s.token_ids)), s.num_tokens
+        return _LOOK.seconds(GEOMETRY.step_shape([rows], [context]))
