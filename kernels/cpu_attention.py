@@ -13,7 +13,9 @@ from magicdec.kernels.paged_layout import PagedLayout
 from magicdec.kernels.sparse_attention import CopiedView, DraftView
 
 _LANES = 16  # of the widest vectors: a head's dims must be a multiple
-_MAX_ROWS = 32  # of a sequence: torch's kernel is made for longer chunks of a prompt
+_MAX_ROWS = 32  # of a sequence: for longer chunks of a prompt torch's kernel is the faster one,
+_ANY_ROWS = 1 << 62  # but not where bf16 is multiplied in pairs
+_PAIR_DIMS = 32  # of a head whose bf16 products are of pairs: a multiple of these, pair_tiles.h
 _INT, _FLOAT, _POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
 _Arrays = tuple[NDArray[np.int64], ...]
@@ -41,8 +43,8 @@ class AttentionCall(ctypes.Structure):
 class CpuAttention:
     """The two attentions of a round over one compiled library.
 
-    Rows may be wider than the pages (fp32 over bfloat16). Long chunks of prompts and what the
-    kernel does not know (float16, odd head sizes) take torch's way.
+    Rows may be wider than the pages (fp32 over bfloat16). What the kernel does not know (float16,
+    odd head sizes) takes torch's way, and so do long chunks of prompts where that is faster.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -51,6 +53,7 @@ class CpuAttention:
             (torch.bfloat16, torch.bfloat16): library.attend_bfloat16,
             (torch.float32, torch.bfloat16): library.attend_mixed,
         }
+        self._multiplies_pairs = bool(library.multiplies_pairs())
 
     def paged(
         self,
@@ -69,7 +72,7 @@ class CpuAttention:
                 query, k_cache, v_cache, layout, scaling, sliding_window, softcap
             )
         output = _like_rows(query)
-        most_rows = _MAX_ROWS if softcap is None else max(layout.query_lens)
+        most_rows = self._most_rows(query) if softcap is None else _ANY_ROWS
         row_starts, query_lens, context_lens, tables, table_starts = layout.packed(most_rows)
         if len(query_lens) > 0:
             call = _call(query, k_cache, v_cache, output, scaling, softcap)
@@ -80,7 +83,7 @@ class CpuAttention:
             function(ctypes.byref(call))
         if len(query_lens) < len(layout.query_lens):
             paged_attention.attend_chunks(
-                query, k_cache, v_cache, layout, scaling, sliding_window, _MAX_ROWS, output
+                query, k_cache, v_cache, layout, scaling, sliding_window, most_rows, output
             )
         return output
 
@@ -95,6 +98,11 @@ class CpuAttention:
         if not _is_known(k_cache):
             return CopiedView(reference.gathered_attention, k_cache, v_cache, slots, num_own)
         return _ListedView(self._functions, k_cache, v_cache, slots, num_own)
+
+    def _most_rows(self, query: torch.Tensor) -> int:
+        """Of a sequence, with which it comes here."""
+        narrow = query.dtype is torch.bfloat16 and query.shape[2] % _PAIR_DIMS == 0
+        return _ANY_ROWS if narrow and self._multiplies_pairs else _MAX_ROWS
 
     def _function(self, query: torch.Tensor, keys: torch.Tensor) -> Callable[[object], None] | None:
         """None: the kernel does not know such tensors."""

@@ -1,4 +1,4 @@
-"""Linears whose weights stay in bfloat16 where the processor computes in fp32 alone."""
+"""Linears over bfloat16 weights laid out for vectors, of fp32 rows or bfloat16 ones."""
 
 import ctypes
 
@@ -19,7 +19,7 @@ class LinearCall(ctypes.Structure):
 
 
 class PackedLinear(nn.Module):
-    """x @ weight.T + bias for fp32 rows, the weight in bfloat16: half the bytes of an fp32 one.
+    """x @ weight.T + bias, the weight in bfloat16 and rows in the dtype that the linear had.
 
     Products are exact and sums fp32, in an order that the rows beside a row do not change.
     """
@@ -28,7 +28,8 @@ class PackedLinear(nn.Module):
     bias: torch.Tensor | None  # fp32, with room for a last block of outputs
 
     def __init__(self, linear: nn.Linear, library: ctypes.CDLL) -> None:
-        """Rounds the weight to bfloat16. Raises ValueError for an odd number of inputs."""
+        """Rounds the weight to bfloat16. Raises ValueError for an odd number of inputs, KeyError for
+        a weight that is neither fp32 nor bfloat16."""
         super().__init__()
         if linear.in_features % 2:
             raise ValueError(f"num_inputs must be even, got {linear.in_features}")
@@ -42,12 +43,16 @@ class PackedLinear(nn.Module):
         if linear.bias is not None:
             bias = nn.functional.pad(linear.bias.detach().float(), (0, padding))
         self.register_buffer("bias", bias)
-        self._function = library.linear
+        self._dtype = linear.weight.dtype
+        self._function = {
+            torch.float32: library.linear_float32,
+            torch.bfloat16: library.linear_bfloat16,
+        }[self._dtype]
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """[..., num_inputs] -> [..., num_outputs], fp32. Raises TypeError for rows that are not."""
-        if rows.dtype is not torch.float32:
-            raise TypeError(f"rows of a packed linear must be float32, got {rows.dtype}")
+        """[..., num_inputs] -> [..., num_outputs]. Raises TypeError for rows of another dtype."""
+        if rows.dtype is not self._dtype:
+            raise TypeError(f"rows of this packed linear must be {self._dtype}, got {rows.dtype}")
         rows = rows.contiguous()
         output = rows.new_empty(*rows.shape[:-1], self.out_features)
         call = LinearCall(

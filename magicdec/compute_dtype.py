@@ -41,9 +41,12 @@ def fusing_library(dtype: str, device: torch.device) -> ctypes.CDLL | None:
 
 
 def packing_library(dtype: str, device: torch.device) -> ctypes.CDLL | None:
-    """What multiplies fp32 rows with bf16 weights, where that is how a model is computed.
+    """What multiplies rows with packed bf16 weights, where a bfloat16 model is computed so: fp32
+    rows, or bf16 ones where the processor multiplies pairs of them and has no matrix units.
 
     None: torch's linears serve, in fp32 where nothing can be compiled.
     """
-    narrow = dtype == "bfloat16" and compute_dtype(dtype, device) is torch.float32
-    return compiled_library() if narrow else None
+    library = fusing_library(dtype, device)
+    if library is None or compute_dtype(dtype, device) is torch.float32:
+        return library
+    return library if library.multiplies_pairs() else None

@@ -51,10 +51,10 @@ struct LargestCall {
 };
 
 struct LinearCall {
-  const float* rows;  // [num_rows, num_inputs]
+  const void* rows;  // [num_rows, num_inputs]
   const uint32_t* weight;
   const float* bias;  // or null, [num_outputs] and room for kWidth
-  float* output;      // [num_rows, num_outputs]
+  void* output;       // [num_rows, num_outputs]
   int64_t num_rows, num_inputs, num_outputs;
   int32_t num_threads;
 };

@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "pair_tiles.h"
 #include "tiles.h"
 
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
@@ -105,7 +106,7 @@ class MatrixTiles {
 
   void add(const float* weights, const BFloat16* const values[kTile], int64_t stride, float* sums,
            Ahead& next_values) {
-    pack_values(values, next_values);
+    pair_values(values, head_dim_, values_, next_values);
     for (int64_t first = 0; first < num_rows_; first += kMatrixRows) {
       const int64_t count = std::min(kMatrixRows, num_rows_ - first);
       narrow(weights + first * kTile, count);
@@ -175,33 +176,12 @@ class MatrixTiles {
     }
   }
 
-  // [head_dim / 16, kTile / 2, 16] words of two keys' values.
-  void pack_values(const BFloat16* const values[kTile], Ahead& next_values) const {
-    const __m512i first = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
-    const __m512i second =
-        _mm512_set_epi32(31, 30, 29, 28, 15, 14, 13, 12, 27, 26, 25, 24, 11, 10, 9, 8);
-    for (int64_t dim = 0; dim < head_dim_; dim += kMatrixDepth) {
-      float* to = values_ + dim / 2 * kTile;
-      for (int64_t pair = 0; pair < kTile / 2; ++pair, to += 16) {
-        const __m512i a = load<__m512i>(values[2 * pair] + dim);
-        const __m512i b = load<__m512i>(values[2 * pair + 1] + dim);
-        const __m512i low = _mm512_unpacklo_epi16(a, b), high = _mm512_unpackhi_epi16(a, b);
-        store(to, _mm512_permutex2var_epi32(low, first, high));
-        store(to + 8 * kTile, _mm512_permutex2var_epi32(low, second, high));
-        next_values.advance();
-        next_values.advance();
-      }
-    }
-  }
-
   // A block's weights as [kTile / 32, 16, 32] bfloat16; rows that it lacks keep what they had.
   void narrow(const float* weights, int64_t num_rows) const {
     for (int64_t row = 0; row < num_rows; ++row)
       for (int64_t key = 0; key < kTile; key += kMatrixDepth) {
-        const float* from = weights + row * kTile + key;
-        const __m512bh pair =
-            _mm512_cvtne2ps_pbh(load<__m512>(from + kLanes), load<__m512>(from));
-        store(weights_ + key / 2 * kMatrixRows + row * 16, pair);
+        store(weights_ + key / 2 * kMatrixRows + row * 16,
+              rounded_weights(weights + row * kTile + key));
       }
   }
 

@@ -34,7 +34,8 @@ class Attention {
         stride_(call.head_dim + 2 * kLanes),
         tasks_(call, stride_),
         group_(tasks_.group_size()),
-        in_matrices_(kMatrices && fit_matrices(call.head_dim)) {}
+        in_matrices_(kNarrow && kHasMatrixUnits && fit_matrices(call.head_dim)),
+        in_pairs_(kNarrow && fit_pairs(call.head_dim)) {}
 
   void run() {
     partials_ = partial_buffer.reserve(tasks_.num_partials);
@@ -50,8 +51,8 @@ class Attention {
   }
 
  private:
-  static constexpr bool kMatrices = kHasMatrixUnits && std::is_same_v<Query, BFloat16> &&
-                                    std::is_same_v<Cache, BFloat16>;
+  static constexpr bool kNarrow =
+      std::is_same_v<Query, BFloat16> && std::is_same_v<Cache, BFloat16>;
 
   void attend(const Task& task) {
     const int64_t dims = call_.head_dim, num_rows = task.num_rows * group_;
@@ -61,13 +62,10 @@ class Attention {
       partial[row * stride_ + dims] = -kInfinity;
       store(partial + row * stride_ + dims + kLanes, Floats{});
     }
-    if constexpr (kMatrices) {
-      if (in_matrices_) {
-        MatrixTiles tiles(num_rows, dims, call_.scaling, scratch.queries, scratch.keys);
-        for (int64_t row = 0; row < num_rows; ++row) tiles.set_query(row, query_of(task, row));
-        return attend_tiles(task, tiles, partial);
-      }
-    }
+    if constexpr (kNarrow && kHasMatrixUnits)
+      if (in_matrices_) return attend_narrow<MatrixTiles>(task, partial);
+    if constexpr (kNarrow && kHasPairProducts)
+      if (in_pairs_) return attend_narrow<PairTiles>(task, partial);
     float* queries = scratch.queries.reserve(num_rows * dims);
     for (int64_t row = 0; row < num_rows; ++row)
       for (int64_t dim = 0; dim < dims; dim += kLanes)
@@ -81,6 +79,15 @@ class Attention {
     return static_cast<const Query*>(call_.query) +
            (task.head * group_ + folded % group_) * call_.query_head_stride +
            row * call_.query_row_stride;
+  }
+
+  // In bfloat16 products.
+  template <typename Tiles>
+  void attend_narrow(const Task& task, float* partial) {
+    const int64_t num_rows = task.num_rows * group_;
+    Tiles tiles(num_rows, call_.head_dim, call_.scaling, scratch.queries, scratch.keys);
+    for (int64_t row = 0; row < num_rows; ++row) tiles.set_query(row, query_of(task, row));
+    attend_tiles(task, tiles, partial);
   }
 
   template <typename Tiles>
@@ -224,7 +231,7 @@ class Attention {
   const int64_t stride_;  // of partials: sums, then the maximum and room, then a vector of weights
   const Tasks tasks_;
   const int64_t group_;
-  const bool in_matrices_;
+  const bool in_matrices_, in_pairs_;
   float* partials_ = nullptr;
 };
 
