@@ -28,8 +28,10 @@ class PackedLinear(nn.Module):
     bias: torch.Tensor | None  # fp32, with room for a last block of outputs
 
     def __init__(self, linear: nn.Linear, library: ctypes.CDLL) -> None:
-        """Rounds the weight to bfloat16. Raises ValueError for an odd number of inputs, KeyError for
-        a weight that is neither fp32 nor bfloat16."""
+        """Rounds the weight to bfloat16. Raises ValueError for an odd number of inputs.
+
+        KeyError for a weight that is neither fp32 nor bfloat16.
+        """
         super().__init__()
         if linear.in_features % 2:
             raise ValueError(f"num_inputs must be even, got {linear.in_features}")

@@ -41,10 +41,11 @@ inline __m512bh rounded_weights(const float* weights) {
   return _mm512_cvtne2ps_pbh(load<__m512>(weights + kLanes), load<__m512>(weights));
 }
 
-// scores[r] = queries[r] . keys, rows one after the other.
+// scores[r] = queries[r] . keys, rows one after the other. Nothing is prefetched between products:
+// the bookkeeping takes as long as they do.
 template <int kRows>
 void score_pairs(const uint32_t* queries, const float* keys, int64_t num_words, float scaling,
-                 float* scores, Prefetch<BFloat16>& prefetch) {
+                 float* scores) {
   Floats sums[kRows][kVectors] = {};
   for (int64_t word = 0; word < num_words; ++word) {
     Words key[kVectors];
@@ -56,8 +57,6 @@ void score_pairs(const uint32_t* queries, const float* keys, int64_t num_words, 
 #pragma GCC unroll 16
       for (int i = 0; i < kVectors; ++i) sums[row][i] = add_products(sums[row][i], query, key[i]);
     }
-    prefetch.advance();
-    prefetch.advance();
   }
 #pragma GCC unroll 16
   for (int row = 0; row < kRows; ++row)
@@ -111,10 +110,10 @@ class PairTiles {
   }
 
   void score(const BFloat16* const keys[kTile], float* scores, Ahead& next_keys) {
-    pack_keys(keys, head_dim_, keys_, next_keys);
+    pack_keys<1>(keys, head_dim_, keys_, next_keys);
     by_row_blocks(num_rows_, [&]<int n>(int64_t row) {
       score_pairs<n>(queries_ + row * head_dim_ / 2, keys_, head_dim_ / 2, scaling_,
-                     scores + row * kTile, next_keys);
+                     scores + row * kTile);
     });
   }
 

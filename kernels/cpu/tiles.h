@@ -45,7 +45,8 @@ class Prefetch {
 };
 
 // Keys side by side, [head_dim, kTile]; of bfloat16 ones, words of two dims, [head_dim / 2, kTile].
-template <typename Cache>
+// One line of the next tile is asked for every kEvery loads.
+template <int kEvery, typename Cache>
 void pack_keys(const Cache* const rows[kTile], int64_t head_dim, float* packed,
                Prefetch<Cache>& prefetch) {
   constexpr int64_t dims_a_word = 4 / sizeof(Cache);
@@ -57,7 +58,7 @@ void pack_keys(const Cache* const rows[kTile], int64_t head_dim, float* packed,
       for (int i = 0; i < kLanes; ++i) {
         const Cache* row = rows[key + i] + first * dims_a_word;
         block[i] = count == kLanes ? load<Words>(row) : load_some<Words>(row, 4 * count);
-        if (i % 2) prefetch.advance();
+        if (i % kEvery == kEvery - 1) prefetch.advance();
       }
       transpose(block);
       for (int i = 0; i < count; ++i) store(packed + (first + i) * kTile + key, block[i]);
@@ -176,7 +177,7 @@ class VectorTiles {
         packed_(scratch.reserve(head_dim * kTile)) {}
 
   void score(const Cache* const keys[kTile], float* scores, Ahead& next_keys) {
-    pack_keys(keys, head_dim_, packed_, next_keys);
+    pack_keys<2>(keys, head_dim_, packed_, next_keys);
     by_row_blocks(num_rows_, [&]<int n>(int64_t row) {
       score_rows<n>(queries_ + row * head_dim_, packed_, head_dim_, scores + row * kTile,
                     next_keys);

@@ -2,15 +2,25 @@
 
 import ctypes
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils import cpp_extension
 
 from magicdec.kernels import dispatch
 from magicdec.kernels.compiled import CompileError, compiled_library, load_compiled
 
 needs_compiler = pytest.mark.skipif(compiled_library() is None, reason="there is no compiler here")
+
+
+def test_where_there_is_a_compiler_the_sources_compile() -> None:
+    """Else every test of a compiled kernel would be skipped."""
+    compiler = str(cpp_extension.get_cxx_compiler())  # type: ignore[no-untyped-call]
+    if shutil.which(compiler) is None:
+        pytest.skip(f"there is no {compiler} here")
+    assert compiled_library() is not None
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
