@@ -5,6 +5,7 @@ which saves their part of the draft steps too. *Trim*: a request stops where its
 yield less than its verify row takes; its draft steps run on beside the others' and save nothing.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -50,6 +51,8 @@ def split_rows(forecast: Forecast, best: Candidate, costs: RoundCostTable) -> Ca
     tokens = emitted_tokens(forecast.survival[ahead]) + len(behind)
     setting = int(np.argmax((tokens / forecast.seconds)[:, 1:].max(axis=1)))
     alone = costs.curve(forecast.load.drafting(ahead), setting)
+    if not math.isfinite(alone[0]):
+        return None  # what drafting adds to it cannot be told
     seconds = forecast.seconds[0, 0] + alone - alone[0]  # [max_draft_length + 1]
     length = 1 + int(np.argmax((tokens[setting] / seconds)[1:]))
     return Candidate(

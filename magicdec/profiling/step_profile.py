@@ -85,8 +85,8 @@ class StepProfile:
         return self.seconds(kind, shape) if kind in self.model.costs else 0.0
 
     def read_seconds(self, kind: str, shape: StepShape) -> float:
-        """The part of `seconds` that reading K/V is."""
-        return self.model.cost(kind).per_kv_byte * shape.kv_bytes
+        """The part of `seconds` that reading K/V is: not more, where a departure took from it."""
+        return min(self.model.cost(kind).per_kv_byte * shape.kv_bytes, self.seconds(kind, shape))
 
     def added_seconds(self, num_rows: int, chunk: StepShape) -> float:
         """What a prefill chunk adds to a forward of so many decode rows; without any, all that it

@@ -19,7 +19,7 @@ from magicdec.config import (
 from magicdec.control.profiled_costs import ProfiledRoundCosts
 from magicdec.control.round_costs import RoundLoad
 from magicdec.control.round_shapes import RoundShapes
-from magicdec.control.step_corrections import COMPUTE
+from magicdec.control.step_corrections import COMPUTE, READ
 from magicdec.cost_model import VERIFY, CostModel, StepCost, StepShape, draft_kind
 from magicdec.profiling.profile_probes import Probe, ProbePool
 from magicdec.profiling.step_profile import PREFILL, StepProfile, begin_kind, observe_kind
@@ -256,3 +256,12 @@ def test_all_settings_of_a_full_batch_are_weighed_in_little_time() -> None:
                     costs.seconds(loads[0], drafter, length, budget)
 
     assert work_units(weigh) < 4.0  # one measured
+
+
+def test_reading_is_never_more_than_the_step_that_it_is_a_part_of() -> None:
+    """Where products of few rows take less than the model says, a slow reading must not make the
+    rest of the step, and with slow cores all of it, less than nothing."""
+    curve = StepProfile(PROFILE.model, ((1, -10.0), (8, -10.0)))
+    costs, load = round_costs(curve), RoundLoad((60_000,) * 2)
+    costs.begin_at({COMPUTE: 5.0, READ: 0.5})
+    assert all(costs.seconds(load, "streaming", n, 512) > 0.0 for n in range(6))
