@@ -10,8 +10,8 @@ from magicdec.cluster.placement import replica_bundles
 from magicdec.deployments.ingress import Ingress
 from magicdec.deployments.pinned_router import PinnedRequestRouter
 from magicdec.deployments.replica import EngineReplica
-from magicdec.deployments.router import Router
 from magicdec.deployments.settings import ServeSettings, parse_settings
+from magicdec.deployments.watched_router import WatchedRouter
 
 APP_NAME = "magicdec"
 REPLICA_DEPLOYMENT = "EngineReplica"
@@ -27,8 +27,9 @@ _QUIET = LoggingConfig(enable_access_log=False, log_level="WARNING")
 
 def build(settings: ServeSettings) -> Application:
     """Ingress -> Router and EngineReplica; the replicas report to the router."""
-    router = _router().bind(settings.admission_config())
-    replicas = _replicas(settings).bind(settings.engine_config(), router)
+    name = settings.model.name
+    router = _router().bind(settings.admission_config(), name)
+    replicas = _replicas(settings).bind(settings.engine_config(), router, name)
     return _ingress(settings).bind(settings, router, replicas)
 
 
@@ -48,7 +49,7 @@ def _router() -> Deployment:
         health_check_period_s=2,
         logging_config=_QUIET,
     )
-    return configure(Router)
+    return configure(WatchedRouter)
 
 
 def _replicas(settings: ServeSettings) -> Deployment:

@@ -9,6 +9,13 @@ from typing import TYPE_CHECKING, Any
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from magicdec.cluster.metric_table import ENGINE_METRICS
+from magicdec.cluster.telemetry import (
+    PUBLISH_PERIOD_S,
+    EngineTelemetry,
+    Recorder,
+    common_labels,
+)
 from magicdec.config import EngineConfig
 from magicdec.control.policy_snapshot import PackedPolicy
 from magicdec.deployments.replica_api import Admitted, EngineUnavailable, ReplicaDescription
@@ -31,7 +38,9 @@ class EngineReplica:
     sooner than Serve's health check would notice. The ingress resumes the streams elsewhere.
     """
 
-    def __init__(self, config: EngineConfig, router: DeploymentHandle[Any]) -> None:
+    def __init__(
+        self, config: EngineConfig, router: DeploymentHandle[Any], model_name: str
+    ) -> None:
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         # Here, not at the top: whoever only deploys this class needs no torch.
         from magicdec.deployments.engine_builder import build_engine
@@ -43,7 +52,13 @@ class EngineReplica:
         self._num_ranks = config.parallel.tensor_parallel_size
         self._requests = Requests(config.scheduler)
         reports = report_for_ever(router, self._replica_id, self._engine_loop, self._requests)
-        self._background = {asyncio.create_task(reports)}
+        telemetry = EngineTelemetry(
+            Recorder(ENGINE_METRICS, common_labels(model_name, self._replica_id)),
+            built.engine.attention_backend,
+            self._num_ranks,
+        )
+        publishing = publish_for_ever(self._engine_loop, telemetry)
+        self._background = {asyncio.create_task(reports), asyncio.create_task(publishing)}
 
     async def generate(
         self,
@@ -99,6 +114,15 @@ class EngineReplica:
         """A fresh process is the only safe state; the pause lets every stream's error leave."""
         await asyncio.sleep(EXIT_GRACE_S)
         os._exit(1)
+
+
+async def publish_for_ever(engine_loop: "EngineLoop", telemetry: EngineTelemetry) -> None:
+    """Ends with the engine. An idle one is published too: gauges that are not set anew vanish."""
+    while engine_loop.is_alive:
+        counts = engine_loop.take_counts()
+        if counts is not None:
+            telemetry.publish(counts)
+        await asyncio.sleep(PUBLISH_PERIOD_S)
 
 
 async def report_for_ever(

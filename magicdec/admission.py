@@ -137,6 +137,7 @@ class Admission:
             num_abandoned=self._counts["abandoned"],
             num_dropped_reports=self._counts["dropped"],
             drain_tokens_per_s=self._drain.tokens_per_s(now),
+            num_queued_by_class=dict(Counter(w.length_class for w in self._queue)),
         )
 
     def release(self) -> list[Assignment]:
