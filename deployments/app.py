@@ -3,14 +3,16 @@
 from typing import Any
 
 from ray import serve
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.deployment import Application, Deployment
 from ray.serve.schema import LoggingConfig
 
 from magicdec.cluster.placement import replica_bundles
+from magicdec.deployments.autoscaling import POLICY
 from magicdec.deployments.ingress import Ingress
 from magicdec.deployments.pinned_router import PinnedRequestRouter
 from magicdec.deployments.replica import EngineReplica
-from magicdec.deployments.settings import ServeSettings, parse_settings
+from magicdec.deployments.settings import ServerSettings, ServeSettings, parse_settings
 from magicdec.deployments.watched_router import WatchedRouter
 
 APP_NAME = "magicdec"
@@ -68,7 +70,6 @@ def _replicas(settings: ServeSettings) -> Deployment:
         options["ray_actor_options"] = {"num_cpus": bundles[0]["CPU"]}
     configure = serve.deployment(
         name=REPLICA_DEPLOYMENT,
-        num_replicas=settings.server.num_replicas,
         max_ongoing_requests=UNLIMITED_REQUESTS,
         max_constructor_retry_count=CONSTRUCTOR_ATTEMPTS,
         graceful_shutdown_timeout_s=settings.server.drain_timeout_s,
@@ -76,8 +77,27 @@ def _replicas(settings: ServeSettings) -> Deployment:
         logging_config=_QUIET,
         request_router_config={"request_router_class": PinnedRequestRouter},
         **options,
+        **_number_of_replicas(settings.server),
     )
     return configure(EngineReplica)
+
+
+def _number_of_replicas(server: ServerSettings) -> dict[str, Any]:
+    scaling = server.autoscaling
+    if scaling is None:
+        return {"num_replicas": server.num_replicas}
+    policy = AutoscalingPolicy(  # type: ignore[no-untyped-call]
+        policy_function=POLICY, policy_kwargs={"target_usage": scaling.target_kv_usage}
+    )
+    config = AutoscalingConfig(
+        min_replicas=scaling.min_replicas,
+        max_replicas=scaling.max_replicas,
+        look_back_period_s=scaling.look_back_s,
+        upscale_delay_s=scaling.upscale_delay_s,
+        downscale_delay_s=scaling.downscale_delay_s,
+        policy=policy,
+    )
+    return {"autoscaling_config": config}
 
 
 def _ingress(settings: ServeSettings) -> Deployment:

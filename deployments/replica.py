@@ -18,6 +18,7 @@ from magicdec.cluster.telemetry import (
 )
 from magicdec.config import EngineConfig
 from magicdec.control.policy_snapshot import PackedPolicy
+from magicdec.deployments.autoscaling import replica_stats
 from magicdec.deployments.replica_api import Admitted, EngineUnavailable, ReplicaDescription
 from magicdec.deployments.replica_report import ReportAnswer, Requests
 from magicdec.types import Request, RequestOutput
@@ -97,6 +98,10 @@ class EngineReplica:
             load=load,
         )
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve's hook, where it scales: see autoscaling.py."""
+        return replica_stats(self._engine_loop.load(), self._requests.num_queued_tokens)
+
     async def check_health(self) -> None:
         """Runs on the event loop, so a long step does not look like a dead replica."""
         if not self._engine_loop.is_alive:
@@ -143,7 +148,7 @@ async def report_for_ever(
         except Exception as error:  # RayError, AioRpcError, Serve's own: the next may get through
             logger.warning("the router did not take a report: %r", error)
         else:
-            requests.was_taken(report, router_knew=answer.knew)
+            requests.was_taken(report, answer)
             others = answer.policy
             if others is not None and (merged is None or not others.says_the_same(merged)):
                 engine_loop.merge_policy(others.unpack())

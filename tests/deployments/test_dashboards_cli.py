@@ -4,8 +4,7 @@ import json
 from collections.abc import Iterator
 
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from magicdec.cluster.dashboard import UID, build_dashboard
 from magicdec.deployments.cli import app
