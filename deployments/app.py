@@ -31,7 +31,9 @@ def build(settings: ServeSettings) -> Application:
     """Ingress -> Router and EngineReplica; the replicas report to the router."""
     name = settings.model.name
     router = _router().bind(settings.admission_config(), name)
-    replicas = _replicas(settings).bind(settings.engine_config(), router, name)
+    replicas = _replicas(settings).bind(
+        settings.engine_config(), router, name, settings.server.drain_file
+    )
     return _ingress(settings).bind(settings, router, replicas)
 
 

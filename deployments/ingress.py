@@ -55,8 +55,7 @@ class Ingress:
         self._tokenizer = load_tokenizer(resolve_model(settings.model.path))
         self._builder: PromptBuilder | None = None
         self._created = int(time.time())
-        replica_id = serve.get_replica_context().replica_id.unique_id
-        self._recorder = Recorder(INGRESS_METRICS, common_labels(self._model_name, replica_id))
+        self._recorder: Recorder | None = None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve's hook: called once, after the constructor."""
@@ -113,7 +112,7 @@ class Ingress:
         )
         wait_s, keep_alive_s = self._server.replica_wait_s, self._server.keep_alive_s
         dispatcher = Dispatcher(self._router, self._replicas, client, replica_wait_s=wait_s)
-        choices = Choices(MeasuredRequests(dispatcher, self._recorder), requests)
+        choices = Choices(MeasuredRequests(dispatcher, self._sink()), requests)
         if not body.streams:
             return JSONResponse(await collect(choices, response))
         try:
@@ -126,6 +125,13 @@ class Ingress:
         )
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+
+    def _sink(self) -> Recorder:
+        """Made at the first request: only then is it sure that Serve runs this."""
+        if self._recorder is None:
+            replica_id = serve.get_replica_context().replica_id.unique_id
+            self._recorder = Recorder(INGRESS_METRICS, common_labels(self._model_name, replica_id))
+        return self._recorder
 
     def _check_model(self, body: GenerationBody) -> None:
         if body.model != self._model_name:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
@@ -40,7 +41,11 @@ class EngineReplica:
     """
 
     def __init__(
-        self, config: EngineConfig, router: DeploymentHandle[Any], model_name: str
+        self,
+        config: EngineConfig,
+        router: DeploymentHandle[Any],
+        model_name: str,
+        drain_file: str | None = None,
     ) -> None:
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         # Here, not at the top: whoever only deploys this class needs no torch.
@@ -52,7 +57,13 @@ class EngineReplica:
         self._built = built
         self._num_ranks = config.parallel.tensor_parallel_size
         self._requests = Requests(config.scheduler)
-        reports = report_for_ever(router, self._replica_id, self._engine_loop, self._requests)
+        reports = report_for_ever(
+            router,
+            self._replica_id,
+            self._engine_loop,
+            self._requests,
+            None if drain_file is None else Path(drain_file),
+        )
         telemetry = EngineTelemetry(
             Recorder(ENGINE_METRICS, common_labels(model_name, self._replica_id)),
             built.engine.attention_backend,
@@ -135,11 +146,16 @@ async def report_for_ever(
     replica_id: str,
     engine_loop: "EngineLoop",
     requests: Requests,
+    drain_file: Path | None = None,
 ) -> None:
-    """Ends with the engine, and not before: a replica that is not heard of gets no requests."""
+    """Ends with the engine, and not before: a replica that is not heard of gets no requests.
+
+    Where `drain_file` is there, it says that it takes nothing new.
+    """
     merged: PackedPolicy | None = None
     while engine_loop.is_alive:
-        report = requests.report(engine_loop.load())
+        draining = drain_file is not None and drain_file.exists()
+        report = requests.report(engine_loop.load(), draining=draining)
         learnt = engine_loop.take_policy()
         policy = None if learnt is None else PackedPolicy.pack(learnt)
         try:

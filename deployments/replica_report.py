@@ -74,7 +74,7 @@ class Requests:
         self._live.pop(request_id, None)
         self._news.set()
 
-    def report(self, load: EngineLoad) -> ReplicaReport:
+    def report(self, load: EngineLoad, *, draining: bool = False) -> ReplicaReport:
         self._news.clear()
         self._num_reports += 1
         return ReplicaReport(
@@ -85,6 +85,7 @@ class Requests:
             live=tuple(self._live.values()),
             finished=tuple(self._finished),
             prefixes=tuple(self._prefixes) if self._router_is_new else (),
+            draining=draining,
         )
 
     def was_taken(self, report: ReplicaReport, answer: ReportAnswer) -> None:

@@ -119,6 +119,10 @@ class ServerSettings(Section):
         gt=0,
         description="How long a replica that is taken away may finish its streams.",
     )
+    drain_file: str | None = Field(
+        default=None,
+        description="Once this file is there, the replicas of its machine take nothing new.",
+    )
     replica_wait_s: float = Field(
         default=60.0,
         gt=0,

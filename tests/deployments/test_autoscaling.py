@@ -22,7 +22,7 @@ from magicdec.deployments.settings import SettingsError, parse_settings
 from magicdec.stats import EngineLoad
 from tests.deployments.conftest import MODEL, AppFactory, ServedApp
 
-BUSY = 4  # streams
+BUSY = 2  # streams
 WAIT_S = 60
 
 
@@ -87,7 +87,7 @@ def app(run_app: AppFactory) -> ServedApp:
         autoscaling={
             "min_replicas": 1,
             "max_replicas": 2,
-            "target_kv_usage": 0.2,  # of 4,096 tokens a replica
+            "target_kv_usage": 0.1,  # of 4,096 tokens a replica
             "look_back_s": 1,
             "upscale_delay_s": 0.5,
             "downscale_delay_s": 1,
@@ -141,6 +141,7 @@ def at_rest(app: ServedApp) -> Iterator[ServedApp]:
     yield app
 
 
+@pytest.mark.slow  # two replicas start and one drains
 def test_replicas_come_with_tokens_and_go_with_them(at_rest: ServedApp) -> None:
     with Load(at_rest):
         wait_for_replicas(2)

@@ -107,3 +107,9 @@ async def test_first_tokens_and_ends_are_reported_soon(
     await requests.wait_for_news()
     elapsed = loop.time() - start
     assert elapsed >= 0.38 if news == "nothing" else 0.015 < elapsed < 0.3
+
+
+def test_a_replica_that_drains_says_so() -> None:
+    requests = Requests(SchedulerConfig(max_num_seqs=4, max_batch_tokens=128))
+    assert not requests.report(LOAD).draining
+    assert requests.report(LOAD, draining=True).draining

@@ -284,6 +284,14 @@ def test_workers_are_ready_by_their_proxy_without_tools_in_the_image() -> None:
     assert "readinessProbe" not in container(release, "head")
 
 
+def test_workers_drain_by_the_file_that_their_replicas_watch() -> None:
+    release = render({"drain": {"streamSeconds": 77}})
+    *_, file, seconds = container(release, "worker")["lifecycle"]["preStop"]["exec"]["command"]
+    server = release.arguments["server"]
+    assert (file, seconds) == (server["drain_file"], "77") and server["drain_timeout_s"] == 77
+    assert "lifecycle" not in container(release, "head")
+
+
 def test_secrets_are_referred_to_and_never_in_the_values() -> None:
     release = render({"hfToken": {"existingSecret": "hf"}, "apiKeys": {"existingSecret": "keys"}})
     (token,) = [e for e in container(release, "worker")["env"] if e["name"] == "HF_TOKEN"]

@@ -65,9 +65,13 @@ spec:
         failureThreshold: 3
       {{- end }}
       {{- end }}
+      {{- if and $worker (not .batch) }}
+      # Its replicas take nothing new, and it ends once they have nothing left.
       lifecycle:
         preStop:
-          exec: {command: [/bin/sh, -c, ray stop]}
+          exec:
+            command: [python, -m, magicdec.deployments.drain_pod, /tmp/magicdec-draining, "{{ int $v.drain.streamSeconds }}"]
+      {{- end }}
       resources: {{- include "magicdec.resources" (dict "root" .root "role" .role) | nindent 8 }}
       env: {{- include "magicdec.env" .root | nindent 8 }}
       {{- with $v.extraEnvFrom }}

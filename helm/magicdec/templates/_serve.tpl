@@ -49,6 +49,7 @@ applications:
         keep_alive_s: {{ $v.serve.keepAliveSeconds }}
         replica_wait_s: {{ $v.serve.replicaWaitSeconds }}
         drain_timeout_s: {{ int $v.drain.streamSeconds }}
+        drain_file: /tmp/magicdec-draining
         {{- if $v.apiKeys.existingSecret }}
         api_keys_file: /etc/magicdec/{{ $v.apiKeys.key }}
         {{- end }}
