@@ -65,7 +65,7 @@ class Engine:
             result = self._executor.execute(batch)
             outputs += self._update(batch, result)
             seconds = time.perf_counter() - started
-            self._tally.add(batch, result, plan, self.policy.forecast(), seconds)
+            self._tally.add(batch, result, plan, self.policy.forecast, seconds)
             self.policy.observe(batch, result, seconds)
         return outputs
 

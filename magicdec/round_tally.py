@@ -6,6 +6,7 @@ counts by label are kept, so that nothing grows with the number of steps.
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from magicdec.acceptance.prior import context_bucket
@@ -67,11 +68,13 @@ class RoundTally:
         batch: Batch,
         result: StepResult,
         plan: Plan,
-        forecast: StepForecast | None,
+        foresee: Callable[[], StepForecast | None],
         seconds: float,
     ) -> None:
-        """One step that ran; `seconds` are those of all of it."""
+        """One step that ran; `seconds` are those of all of it. What was foreseen of it is asked for
+        here, so that its time counts as this one's."""
         started = time.perf_counter()
+        forecast = foresee()
         self.step_seconds += seconds
         self.draft_seconds += result.draft_seconds
         self.verify_seconds += result.verify_seconds

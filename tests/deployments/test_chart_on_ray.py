@@ -5,6 +5,7 @@ Ray's exporter and evaluates them.
 """
 
 import json
+import math
 import os
 import shutil
 import socket
@@ -22,6 +23,7 @@ from openai import OpenAI
 from ray import serve
 from ray.serve.schema import ServeDeploySchema
 
+from magicdec.cluster import metric_table as m
 from magicdec.cluster.dashboard import ROWS
 from magicdec.deployments.embedded_model import EMBEDDED_MODEL_NAME
 from tests.helm.chart import CHART, example, render
@@ -132,12 +134,12 @@ def is_ready(prometheus: str) -> bool:
         return False
 
 
-def found(prometheus: str, expr: str) -> bool:
+def values_of(prometheus: str, expr: str) -> list[float]:
     query = expr.replace("$__rate_interval", "30s").replace("$model_name", ".*")
     answer = httpx.get(f"{prometheus}/api/v1/query", params={"query": query}, timeout=20).json()
     assert answer["status"] == "success", json.dumps(answer)
-    values = [sample["value"][1] for sample in answer["data"]["result"]]
-    return any(value != "NaN" for value in values)
+    values = [float(sample["value"][1]) for sample in answer["data"]["result"]]
+    return [value for value in values if not math.isnan(value)]
 
 
 def test_every_panel_has_data_under_load(url: str, prometheus: str) -> None:
@@ -156,6 +158,14 @@ def test_every_panel_has_data_under_load(url: str, prometheus: str) -> None:
             ]
             number += 3
             while not all(one.done() for one in asked):
-                missing = {panel for panel in missing if not found(prometheus, panel[1])}
+                missing = {panel for panel in missing if not values_of(prometheus, panel[1])}
                 time.sleep(1)
             assert all(one.result() for one in asked)
+
+
+def test_watching_takes_less_than_a_hundredth_of_the_rounds(prometheus: str) -> None:
+    """Of the embedded model with rounds that choose, forecasts included."""
+    expr = f"sum({m.TELEMETRY_SECONDS.exported}) / sum({m.STEP_SECONDS.exported})"
+    (share,) = values_of(prometheus, expr)
+    print(f"watching takes {share:.2%} of the steps' time")
+    assert 0.0 < share < 0.01

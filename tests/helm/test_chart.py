@@ -334,8 +334,8 @@ def test_alerts_and_dashboard_are_those_of_the_metric_table() -> None:
 
 def test_budgets_and_policies_select_pods_by_labels_that_pods_have() -> None:
     on = {"enabled": True}
-    values = {"podDisruptionBudget": on, "networkPolicy": on, "podMonitor": on}
-    release = render(values)
+    more = {"podDisruptionBudget": on, "networkPolicy": on, "podMonitor": on}
+    release = render({"serve": {"replicas": 2}, **more})
     pods = [template["metadata"]["labels"] for template in release.pod_templates()]
     (budget,) = release.of_kind("PodDisruptionBudget")
     (policy,) = release.of_kind("NetworkPolicy")

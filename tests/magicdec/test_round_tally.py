@@ -17,6 +17,10 @@ PLAN = Plan("recycled", 4, 512)
 DRAFT = DraftChoice("recycled", 4, 512, needs_history=False)
 
 
+def nothing() -> None:
+    """Is foreseen."""
+
+
 def row(context: int, draft: DraftChoice | None = DRAFT) -> ScheduledSequence:
     """A decode row with so many tokens before it."""
     return share(context, 1, draft, num_prompt_tokens=context)
@@ -48,7 +52,7 @@ def step(*outcomes: SequenceResult) -> StepResult:
 def test_a_round_is_counted_by_its_plan_and_by_its_rows() -> None:
     tally = RoundTally()
     batch = Batch((row(3000), row(200)))
-    tally.add(batch, step(outcome(4, 2), outcome(4, 4)), PLAN, None, 0.1)
+    tally.add(batch, step(outcome(4, 2), outcome(4, 4)), PLAN, nothing, 0.1)
     assert tally.rounds == {RoundKind("recycled", 4, 512, False): 1}
     assert tally.rows == {RowKind("recycled", 5, 4, 2): 1, RowKind("recycled", 1, 4, 4): 1}
     assert tally.num_emitted_tokens == 8
@@ -60,7 +64,7 @@ def test_a_round_is_counted_by_its_plan_and_by_its_rows() -> None:
 
 def test_a_plain_round_has_no_drafter() -> None:
     tally = RoundTally()
-    tally.add(Batch((row(300, None),)), step(outcome(0, 0)), Plan("recycled", 0, 512), None, 0.1)
+    tally.add(Batch((row(300, None),)), step(outcome(0, 0)), Plan("recycled", 0, 512), nothing, 0.1)
     assert tally.rounds == {RoundKind(NO_DRAFTER, 0, 0.0, False): 1}
     assert tally.rows == {RowKind(NO_DRAFTER, 2, 0, 0): 1}
 
@@ -68,7 +72,7 @@ def test_a_plain_round_has_no_drafter() -> None:
 def test_a_step_of_prompts_alone_is_no_round_and_no_stall() -> None:
     tally = RoundTally()
     chunk = share(0, 64, None, num_prompt_tokens=100)
-    tally.add(Batch((chunk,)), step(SequenceResult(())), PLAN, None, 0.1)
+    tally.add(Batch((chunk,)), step(SequenceResult(())), PLAN, nothing, 0.1)
     assert not tally.rounds and not tally.rows
     assert tally.stall_seconds == 0.0 and tally.step_seconds == 0.1
 
@@ -77,11 +81,11 @@ def test_a_prompts_rows_stall_those_that_decode() -> None:
     batch = Batch((row(300), share(0, 15, None, num_prompt_tokens=100)))
     result = step(outcome(4, 0), SequenceResult(()))
     by_rows = RoundTally()
-    by_rows.add(batch, result, PLAN, None, 0.1)
+    by_rows.add(batch, result, PLAN, nothing, 0.1)
     assert by_rows.stall_seconds == pytest.approx(0.1 * 15 / 20)
     by_model = RoundTally()
     forecast = StepForecast(0.08, 0.07, 0.04, {})
-    by_model.add(batch, result, PLAN, forecast, 0.1)
+    by_model.add(batch, result, PLAN, lambda: forecast, 0.1)
     assert by_model.stall_seconds == pytest.approx(0.1 * 0.04 / 0.08)
 
 
@@ -89,7 +93,7 @@ def test_plain_decoding_would_take_a_step_a_token() -> None:
     tally = RoundTally()
     forecast = StepForecast(seconds=0.12, plain_seconds=0.09, prefill_seconds=0.01, bounds={})
     batch = Batch((row(300), row(300)))
-    tally.add(batch, step(outcome(4, 3), outcome(4, 1)), PLAN, forecast, 0.1)
+    tally.add(batch, step(outcome(4, 3), outcome(4, 1)), PLAN, lambda: forecast, 0.1)
     assert tally.plain_seconds == pytest.approx(0.01 + 3 * 0.08)  # 3 tokens a row on the mean
     assert tally.forecast_error_seconds == pytest.approx(0.02)
     assert (tally.foreseen_step_seconds, tally.predicted_step_seconds) == (0.1, 0.12)
@@ -124,7 +128,7 @@ def test_counting_a_full_batch_takes_a_fraction_of_a_millisecond() -> None:
         tally = RoundTally()
         started = time.perf_counter()
         for _ in range(10):
-            tally.add(batch, result, PLAN, forecast, 0.1)
+            tally.add(batch, result, PLAN, lambda: forecast, 0.1)
         taken = time.perf_counter() - started
         assert 0.5 * taken < tally.tally_seconds <= taken
         best = min(best, taken / 10)

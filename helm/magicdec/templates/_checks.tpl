@@ -84,7 +84,7 @@
 {{- end -}}
 {{- $most := ternary (int $v.autoscaling.minReplicas) (int (default 1 $v.serve.replicas)) $v.autoscaling.enabled -}}
 {{- $pods := int (include "magicdec.pods" (list . $most)) -}}
-{{- if and $v.podDisruptionBudget.enabled (ge (int $v.podDisruptionBudget.minAvailable) $pods) (gt $pods 1) -}}
+{{- if and $v.podDisruptionBudget.enabled (ge (int $v.podDisruptionBudget.minAvailable) $pods) -}}
 {{- fail (printf "podDisruptionBudget.minAvailable must be below the number of workers (%d), got %d: no node could be drained" $pods (int $v.podDisruptionBudget.minAvailable)) -}}
 {{- end -}}
 {{- if and $v.cache.enabled (not $v.cache.existingClaim) (gt $pods 1) (not (has "ReadWriteMany" $v.cache.accessModes)) -}}
