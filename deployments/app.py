@@ -3,15 +3,17 @@
 from typing import Any
 
 from ray import serve
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.deployment import Application, Deployment
 from ray.serve.schema import LoggingConfig
 
 from magicdec.cluster.placement import replica_bundles
+from magicdec.deployments.autoscaling import POLICY
 from magicdec.deployments.ingress import Ingress
 from magicdec.deployments.pinned_router import PinnedRequestRouter
 from magicdec.deployments.replica import EngineReplica
-from magicdec.deployments.router import Router
-from magicdec.deployments.settings import ServeSettings, parse_settings
+from magicdec.deployments.settings import ServerSettings, ServeSettings, parse_settings
+from magicdec.deployments.watched_router import WatchedRouter
 
 APP_NAME = "magicdec"
 REPLICA_DEPLOYMENT = "EngineReplica"
@@ -27,8 +29,11 @@ _QUIET = LoggingConfig(enable_access_log=False, log_level="WARNING")
 
 def build(settings: ServeSettings) -> Application:
     """Ingress -> Router and EngineReplica; the replicas report to the router."""
-    router = _router().bind(settings.admission_config())
-    replicas = _replicas(settings).bind(settings.engine_config(), router)
+    name = settings.model.name
+    router = _router().bind(settings.admission_config(), name)
+    replicas = _replicas(settings).bind(
+        settings.engine_config(), router, name, settings.server.drain_file
+    )
     return _ingress(settings).bind(settings, router, replicas)
 
 
@@ -48,7 +53,7 @@ def _router() -> Deployment:
         health_check_period_s=2,
         logging_config=_QUIET,
     )
-    return configure(Router)
+    return configure(WatchedRouter)
 
 
 def _replicas(settings: ServeSettings) -> Deployment:
@@ -67,7 +72,6 @@ def _replicas(settings: ServeSettings) -> Deployment:
         options["ray_actor_options"] = {"num_cpus": bundles[0]["CPU"]}
     configure = serve.deployment(
         name=REPLICA_DEPLOYMENT,
-        num_replicas=settings.server.num_replicas,
         max_ongoing_requests=UNLIMITED_REQUESTS,
         max_constructor_retry_count=CONSTRUCTOR_ATTEMPTS,
         graceful_shutdown_timeout_s=settings.server.drain_timeout_s,
@@ -75,8 +79,27 @@ def _replicas(settings: ServeSettings) -> Deployment:
         logging_config=_QUIET,
         request_router_config={"request_router_class": PinnedRequestRouter},
         **options,
+        **_number_of_replicas(settings.server),
     )
     return configure(EngineReplica)
+
+
+def _number_of_replicas(server: ServerSettings) -> dict[str, Any]:
+    scaling = server.autoscaling
+    if scaling is None:
+        return {"num_replicas": server.num_replicas}
+    policy = AutoscalingPolicy(  # type: ignore[no-untyped-call]
+        policy_function=POLICY, policy_kwargs={"target_usage": scaling.target_kv_usage}
+    )
+    config = AutoscalingConfig(
+        min_replicas=scaling.min_replicas,
+        max_replicas=scaling.max_replicas,
+        look_back_period_s=scaling.look_back_s,
+        upscale_delay_s=scaling.upscale_delay_s,
+        downscale_delay_s=scaling.downscale_delay_s,
+        policy=policy,
+    )
+    return {"autoscaling_config": config}
 
 
 def _ingress(settings: ServeSettings) -> Deployment:

@@ -1,4 +1,4 @@
-"""The command line: `magicdec serve | generate | models | plan | bench | simulate`."""
+"""The command line: `magicdec serve | generate | models | plan | bench | simulate | dashboards`."""
 
 import sys
 from pathlib import Path
@@ -11,6 +11,7 @@ from rich.table import Table
 from magicdec.deployments import cli_options as flag
 from magicdec.deployments.bench_cli import bench
 from magicdec.deployments.command_errors import one_line_errors
+from magicdec.deployments.dashboards_cli import dashboards
 from magicdec.deployments.embedded_model import list_models, resolve_model
 from magicdec.deployments.plan_cli import plan
 from magicdec.deployments.settings import ServeSettings, SettingsError, load_settings
@@ -29,6 +30,7 @@ app = typer.Typer(
 app.command()(plan)
 app.command()(bench)
 app.command()(simulate)
+app.add_typer(dashboards)
 
 
 @app.command()

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import typer
 
+from magicdec.cluster.grafana_server import GrafanaError
 from magicdec.config import ConfigError
 from magicdec.deployments.embedded_model import ModelNotFoundError
 from magicdec.deployments.settings import SettingsError, StartFailed
@@ -12,6 +13,14 @@ from magicdec.types import RequestError
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
+MENDABLE = (
+    SettingsError,
+    ModelNotFoundError,
+    ConfigError,
+    RequestError,
+    StartFailed,
+    GrafanaError,
+)
 
 
 @contextmanager
@@ -19,7 +28,7 @@ def one_line_errors() -> Iterator[None]:
     """What the user can mend is one line and exit code 2; what they cannot keeps its traceback."""
     try:
         yield
-    except (SettingsError, ModelNotFoundError, ConfigError, RequestError, StartFailed) as error:
+    except MENDABLE as error:
         typer.echo(f"magicdec: {error}", err=True)
         raise typer.Exit(USAGE_ERROR) from error
     except KeyboardInterrupt as error:

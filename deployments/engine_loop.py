@@ -6,6 +6,7 @@
     stream cancelled -- inbox: Abort ------> engine.abort
     take_policy, once a second: Tell ------> engine.policy.snapshot
     merge_policy ------ inbox: Merge ------> engine.policy.merge
+    take_counts ------- inbox: Count ------> engine.take_counts
 
 The engine is not thread-safe, so only this thread touches it; what others may know of its load is
 a snapshot published after each step. Knows no Ray.
@@ -18,12 +19,23 @@ import queue
 import threading
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
 
 from magicdec.control.policy_snapshot import PolicySnapshot
+from magicdec.deployments.engine_commands import (
+    Abort,
+    Add,
+    Command,
+    Count,
+    Inflow,
+    Merge,
+    Stop,
+    Tell,
+)
 from magicdec.deployments.replica_api import EngineDied, EngineUnavailable
 from magicdec.engine import Engine
+from magicdec.round_tally import EngineCounts
 from magicdec.stats import EngineLoad
 from magicdec.types import Request, RequestError, RequestOutput
 
@@ -34,44 +46,6 @@ POLICY_PERIOD_S = 1.0  # a snapshot and a merge are some milliseconds of the eng
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True, slots=True)
-class _Add:
-    request: Request
-
-
-@dataclass(frozen=True, slots=True)
-class _Abort:
-    request_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Tell:
-    """What the policy has learnt is wanted."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Merge:
-    others: PolicySnapshot
-
-
-@dataclass(frozen=True, slots=True)
-class _Stop:
-    pass
-
-
-@dataclass(frozen=True, slots=True)
-class _Inflow:
-    """Requests that have passed a point since the start, and the tokens they came with."""
-
-    num_requests: int = 0
-    num_tokens: int = 0
-
-    def plus(self, request: Request) -> "_Inflow":
-        num_tokens = len(request.prompt_token_ids) + len(request.emitted_token_ids)
-        return _Inflow(self.num_requests + 1, self.num_tokens + num_tokens)
-
-
-_Command = _Add | _Abort | _Tell | _Merge | _Stop
 _Event = RequestOutput | RequestError | EngineDied | EngineUnavailable
 
 
@@ -85,14 +59,16 @@ class EngineLoop:
         self._engine = engine
         self._on_fatal = on_fatal
         self._loop = asyncio.get_running_loop()
-        self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._streams: dict[str, asyncio.Queue[_Event]] = {}
         # As the engine thread last published it, with what it had taken from the inbox by then.
-        self._taken = _Inflow()
+        self._taken = Inflow()
         self._snapshot = (engine.load(), self._taken)
-        self._submitted = _Inflow()
+        self._submitted = Inflow()
         self._policy: PolicySnapshot | None = None  # as last told, until somebody takes it
         self._policy_due = 0.0  # when to ask for it again, on the event loop's clock
+        self._counts: EngineCounts | None = None  # likewise
+        self._counts_asked = False
         self._alive = True
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -123,14 +99,23 @@ class EngineLoop:
         now = self._loop.time()
         if now >= self._policy_due:
             self._policy_due = math.inf  # one question at a time: a step may take longer
-            self._inbox.put(_Tell())
+            self._inbox.put(Tell())
         policy, self._policy = self._policy, None
         return policy
 
     def merge_policy(self, others: PolicySnapshot) -> None:
         """What other replicas know, in place of what was merged before. Whatever is submitted
         after this runs by it."""
-        self._inbox.put(_Merge(others))
+        self._inbox.put(Merge(others))
+
+    def take_counts(self) -> EngineCounts | None:
+        """What has happened since the engine answered before; None while it has not answered the
+        last call. Call it again and again, on the event loop: each call asks for the next."""
+        counts, self._counts = self._counts, None
+        if not self._counts_asked:
+            self._counts_asked = True
+            self._inbox.put(Count())
+        return counts
 
     async def stream(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """One item a step that progressed this request, the last with its finish reason.
@@ -145,7 +130,7 @@ class EngineLoop:
         events: asyncio.Queue[_Event] = asyncio.Queue()
         self._streams[request.request_id] = events
         self._submitted = self._submitted.plus(request)
-        self._inbox.put(_Add(request))
+        self._inbox.put(Add(request))
         finished = False
         try:
             while not finished:
@@ -157,7 +142,7 @@ class EngineLoop:
         finally:
             del self._streams[request.request_id]
             if not finished:
-                self._inbox.put(_Abort(request.request_id))
+                self._inbox.put(Abort(request.request_id))
 
     def stop(self) -> None:
         """Ends the thread after the step in progress and releases the engine. Blocks.
@@ -165,7 +150,7 @@ class EngineLoop:
         Streams that are still live raise EngineUnavailable.
         """
         self._alive = False
-        self._inbox.put(_Stop())
+        self._inbox.put(Stop())
         self._thread.join()
 
     def _run(self) -> None:
@@ -198,20 +183,22 @@ class EngineLoop:
                 command = self._inbox.get(block=idle)
             except queue.Empty:
                 return True
-            if isinstance(command, _Stop):
+            if isinstance(command, Stop):
                 return False
             self._apply(command)
             self._snapshot = (self._engine.load(), self._taken)
 
-    def _apply(self, command: _Add | _Abort | _Tell | _Merge) -> None:
+    def _apply(self, command: Add | Abort | Tell | Count | Merge) -> None:
         match command:
-            case _Add(request):
+            case Add(request):
                 self._add(request)
-            case _Abort(request_id):
+            case Abort(request_id):
                 self._engine.abort(request_id)
-            case _Tell():
+            case Tell():
                 self._call(self._hear, self._engine.policy.snapshot())
-            case _Merge(others):
+            case Count():
+                self._call(self._hear_counts, self._engine.take_counts())
+            case Merge(others):
                 self._engine.policy.merge(others)
 
     def _add(self, request: Request) -> None:
@@ -238,6 +225,9 @@ class EngineLoop:
         self._policy = policy
         if policy is not None:  # a fixed plan stays fixed
             self._policy_due = self._loop.time() + POLICY_PERIOD_S
+
+    def _hear_counts(self, counts: EngineCounts) -> None:
+        self._counts, self._counts_asked = counts, False
 
     def _fail(self, error: BaseException) -> None:
         self._end(EngineDied(f"the engine failed: {error!r}"))

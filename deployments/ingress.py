@@ -7,13 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from magicdec.cluster.metric_table import INGRESS_METRICS
+from magicdec.cluster.telemetry import Recorder, common_labels
 from magicdec.deployments.api import build_api
 from magicdec.deployments.api_keys import ApiKeys
 from magicdec.deployments.dispatch import ROUTER_TIMEOUT_S, Dispatcher
 from magicdec.deployments.embedded_model import resolve_model
 from magicdec.deployments.errors import model_not_found, no_replica
+from magicdec.deployments.measured_requests import MeasuredRequests
 from magicdec.deployments.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -51,6 +55,7 @@ class Ingress:
         self._tokenizer = load_tokenizer(resolve_model(settings.model.path))
         self._builder: PromptBuilder | None = None
         self._created = int(time.time())
+        self._recorder: Recorder | None = None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve's hook: called once, after the constructor."""
@@ -107,7 +112,7 @@ class Ingress:
         )
         wait_s, keep_alive_s = self._server.replica_wait_s, self._server.keep_alive_s
         dispatcher = Dispatcher(self._router, self._replicas, client, replica_wait_s=wait_s)
-        choices = Choices(dispatcher, requests)
+        choices = Choices(MeasuredRequests(dispatcher, self._sink()), requests)
         if not body.streams:
             return JSONResponse(await collect(choices, response))
         try:
@@ -120,6 +125,13 @@ class Ingress:
         )
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+
+    def _sink(self) -> Recorder:
+        """Made at the first request: only then is it sure that Serve runs this."""
+        if self._recorder is None:
+            replica_id = serve.get_replica_context().replica_id.unique_id
+            self._recorder = Recorder(INGRESS_METRICS, common_labels(self._model_name, replica_id))
+        return self._recorder
 
     def _check_model(self, body: GenerationBody) -> None:
         if body.model != self._model_name:

@@ -13,6 +13,7 @@ from magicdec.control.policy_snapshot import PolicySnapshot
 from magicdec.control.round_costs import RoundLoad
 from magicdec.control.round_policy import AdaptivePolicy, FixedPolicy, RoundPolicy
 from magicdec.deployments.engine_builder import BuiltEngine
+from magicdec.stats import StepForecast
 from magicdec.types import Request, SamplingParams
 
 PLAIN = "plain"  # what a round is called that drafts nothing
@@ -36,6 +37,9 @@ class Watched:
         if isinstance(self.policy, AdaptivePolicy) and self.policy.chosen.explores:
             self.label += TRIAL
         return plan
+
+    def forecast(self) -> StepForecast | None:
+        return self.policy.forecast()
 
     def observe(self, batch: Batch, result: StepResult, seconds: float) -> None:
         self.policy.observe(batch, result, seconds)

@@ -4,13 +4,22 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from magicdec.cluster.metric_table import ENGINE_METRICS
+from magicdec.cluster.telemetry import (
+    PUBLISH_PERIOD_S,
+    EngineTelemetry,
+    Recorder,
+    common_labels,
+)
 from magicdec.config import EngineConfig
 from magicdec.control.policy_snapshot import PackedPolicy
+from magicdec.deployments.autoscaling import replica_stats
 from magicdec.deployments.replica_api import Admitted, EngineUnavailable, ReplicaDescription
 from magicdec.deployments.replica_report import ReportAnswer, Requests
 from magicdec.types import Request, RequestOutput
@@ -31,7 +40,13 @@ class EngineReplica:
     sooner than Serve's health check would notice. The ingress resumes the streams elsewhere.
     """
 
-    def __init__(self, config: EngineConfig, router: DeploymentHandle[Any]) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        router: DeploymentHandle[Any],
+        model_name: str,
+        drain_file: str | None = None,
+    ) -> None:
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         # Here, not at the top: whoever only deploys this class needs no torch.
         from magicdec.deployments.engine_builder import build_engine
@@ -42,8 +57,20 @@ class EngineReplica:
         self._built = built
         self._num_ranks = config.parallel.tensor_parallel_size
         self._requests = Requests(config.scheduler)
-        reports = report_for_ever(router, self._replica_id, self._engine_loop, self._requests)
-        self._background = {asyncio.create_task(reports)}
+        reports = report_for_ever(
+            router,
+            self._replica_id,
+            self._engine_loop,
+            self._requests,
+            None if drain_file is None else Path(drain_file),
+        )
+        telemetry = EngineTelemetry(
+            Recorder(ENGINE_METRICS, common_labels(model_name, self._replica_id)),
+            built.engine.attention_backend,
+            self._num_ranks,
+        )
+        publishing = publish_for_ever(self._engine_loop, telemetry)
+        self._background = {asyncio.create_task(reports), asyncio.create_task(publishing)}
 
     async def generate(
         self,
@@ -82,6 +109,10 @@ class EngineReplica:
             load=load,
         )
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve's hook, where it scales: see autoscaling.py."""
+        return replica_stats(self._engine_loop.load(), self._requests.num_queued_tokens)
+
     async def check_health(self) -> None:
         """Runs on the event loop, so a long step does not look like a dead replica."""
         if not self._engine_loop.is_alive:
@@ -101,16 +132,30 @@ class EngineReplica:
         os._exit(1)
 
 
+async def publish_for_ever(engine_loop: "EngineLoop", telemetry: EngineTelemetry) -> None:
+    """Ends with the engine. An idle one is published too: gauges that are not set anew vanish."""
+    while engine_loop.is_alive:
+        counts = engine_loop.take_counts()
+        if counts is not None:
+            telemetry.publish(counts)
+        await asyncio.sleep(PUBLISH_PERIOD_S)
+
+
 async def report_for_ever(
     router: DeploymentHandle[Any],
     replica_id: str,
     engine_loop: "EngineLoop",
     requests: Requests,
+    drain_file: Path | None = None,
 ) -> None:
-    """Ends with the engine, and not before: a replica that is not heard of gets no requests."""
+    """Ends with the engine, and not before: a replica that is not heard of gets no requests.
+
+    Where `drain_file` is there, it says that it takes nothing new.
+    """
     merged: PackedPolicy | None = None
     while engine_loop.is_alive:
-        report = requests.report(engine_loop.load())
+        draining = drain_file is not None and drain_file.exists()
+        report = requests.report(engine_loop.load(), draining=draining)
         learnt = engine_loop.take_policy()
         policy = None if learnt is None else PackedPolicy.pack(learnt)
         try:
@@ -119,7 +164,7 @@ async def report_for_ever(
         except Exception as error:  # RayError, AioRpcError, Serve's own: the next may get through
             logger.warning("the router did not take a report: %r", error)
         else:
-            requests.was_taken(report, router_knew=answer.knew)
+            requests.was_taken(report, answer)
             others = answer.policy
             if others is not None and (merged is None or not others.says_the_same(merged)):
                 engine_loop.merge_policy(others.unpack())

@@ -19,10 +19,12 @@ _MAX_PREFIXES = 256  # prompts whose beginnings a router that is new can be told
 @dataclass(frozen=True, slots=True)
 class ReportAnswer:
     """`knew`: the replica had reported before. One that had not tells its prefixes next. `policy`:
-    what the other replicas have learnt; None: nothing, or it is not the time."""
+    what the other replicas have learnt; None: nothing, or it is not the time. `num_queued_tokens`
+    wait in the router, for whoever has room."""
 
     knew: bool
     policy: PackedPolicy | None = None
+    num_queued_tokens: int = 0
 
 
 class Requests:
@@ -38,6 +40,7 @@ class Requests:
         self._prefixes: OrderedDict[tuple[int, ...], None] = OrderedDict()  # oldest first
         self._router_is_new = True
         self._num_reports = 0
+        self.num_queued_tokens = 0  # in the router, as it last said
         self._news = asyncio.Event()
 
     def begin(self, request: Request, prefix_hashes: tuple[int, ...]) -> None:
@@ -71,7 +74,7 @@ class Requests:
         self._live.pop(request_id, None)
         self._news.set()
 
-    def report(self, load: EngineLoad) -> ReplicaReport:
+    def report(self, load: EngineLoad, *, draining: bool = False) -> ReplicaReport:
         self._news.clear()
         self._num_reports += 1
         return ReplicaReport(
@@ -82,12 +85,14 @@ class Requests:
             live=tuple(self._live.values()),
             finished=tuple(self._finished),
             prefixes=tuple(self._prefixes) if self._router_is_new else (),
+            draining=draining,
         )
 
-    def was_taken(self, report: ReplicaReport, *, router_knew: bool) -> None:
+    def was_taken(self, report: ReplicaReport, answer: ReportAnswer) -> None:
         """The router has the report. If it had not known the replica the next one says more."""
+        self.num_queued_tokens = answer.num_queued_tokens
         del self._finished[: len(report.finished)]
-        self._router_is_new = not router_knew and not report.prefixes
+        self._router_is_new = not answer.knew and not report.prefixes
         if self._router_is_new and self._prefixes:
             self._news.set()
 

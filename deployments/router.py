@@ -38,7 +38,7 @@ class Router:
         others = self._pool.exchange(replica_id, policy, time.monotonic())
         self._admission.report(replica_id, report)
         self._release()
-        return ReportAnswer(knew, others)
+        return ReportAnswer(knew, others, self._admission.stats().num_queued_tokens)
 
     async def mark_dead(self, replica_id: str) -> None:
         logger.warning("replica %s was reported dead", replica_id)

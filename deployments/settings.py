@@ -36,12 +36,48 @@ class StartFailed(RuntimeError):
     """The application did not become ready; the message is one line for a person."""
 
 
+class AutoscalingSettings(Section):
+    """See autoscaling.py; Serve's controller applies bounds and delays."""
+
+    min_replicas: int = Field(default=1, ge=1, description="Replicas that are always there.")
+    max_replicas: int = Field(default=1, ge=1, description="The most replicas.")
+    target_kv_usage: float = Field(
+        default=0.7,
+        gt=0,
+        le=1,
+        description="To which share KV pools are to be filled by all that is in flight and queued.",
+    )
+    look_back_s: float = Field(
+        default=20.0, gt=0, description="Over how many seconds tokens are averaged."
+    )
+    upscale_delay_s: float = Field(
+        default=10.0, ge=0, description="How long more must be wanted before replicas are added."
+    )
+    downscale_delay_s: float = Field(
+        default=600.0, ge=0, description="How long fewer must be wanted before they drain."
+    )
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "AutoscalingSettings":
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(
+                f"max_replicas must be at least min_replicas ({self.min_replicas}), "
+                f"got {self.max_replicas}"
+            )
+        return self
+
+
 class ServerSettings(Section):
     host: str = Field(
         default="127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface."
     )
     port: int = Field(default=8000, ge=1, le=65535, description="TCP port of the HTTP endpoint.")
     num_replicas: int = Field(default=1, ge=1, description="Copies of the engine.")
+    autoscaling: AutoscalingSettings | None = Field(
+        default=None,
+        description="Replicas by KV tokens instead of num_replicas: min_replicas, max_replicas, "
+        "target_kv_usage, look_back_s, upscale_delay_s, downscale_delay_s; empty: num_replicas.",
+    )
     num_ingress_replicas: int = Field(
         default=1, ge=1, description="Processes that validate, tokenize and stream."
     )
@@ -83,6 +119,10 @@ class ServerSettings(Section):
         gt=0,
         description="How long a replica that is taken away may finish its streams.",
     )
+    drain_file: str | None = Field(
+        default=None,
+        description="Once this file is there, the replicas of its machine take nothing new.",
+    )
     replica_wait_s: float = Field(
         default=60.0,
         gt=0,
@@ -98,6 +138,16 @@ class ServerSettings(Section):
         default=None,
         description="File with one accepted API key a line; empty: no key is asked for.",
     )
+
+    @model_validator(mode="after")
+    def _one_number_of_replicas(self) -> "ServerSettings":
+        if self.autoscaling is not None and "num_replicas" in self.model_fields_set:
+            raise ValueError(
+                "num_replicas must be empty where autoscaling is set, got both: "
+                f"{self.num_replicas} and {self.autoscaling.min_replicas} to "
+                f"{self.autoscaling.max_replicas}"
+            )
+        return self
 
 
 class ServeSettings(Section):

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from magicdec.deployments.dispatch import Dispatcher
 from magicdec.deployments.errors import ApiError, from_request_error, internal
+from magicdec.deployments.measured_requests import Streams
 from magicdec.deployments.replica_api import Admitted
 from magicdec.deployments.responses import ChoiceText, ResponseFormat
 from magicdec.types import Request, RequestError, RequestOutput, Usage
@@ -33,7 +33,7 @@ _Event = tuple[int, Admitted | RequestOutput | _Failure]
 class Choices:
     """Runs the stream of every choice at once. `close` cancels what is still running."""
 
-    def __init__(self, dispatcher: Dispatcher, requests: Sequence[Request]) -> None:
+    def __init__(self, dispatcher: Streams, requests: Sequence[Request]) -> None:
         self.usages = [_NO_USAGE] * len(requests)
         self._events: asyncio.Queue[_Event] = asyncio.Queue()
         self._num_open = len(requests)
@@ -76,7 +76,7 @@ class Choices:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _pump(self, index: int, dispatcher: Dispatcher, request: Request) -> None:
+    async def _pump(self, index: int, dispatcher: Streams, request: Request) -> None:
         try:
             async for item in dispatcher.stream(request):
                 self._events.put_nowait((index, item))

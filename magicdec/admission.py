@@ -137,6 +137,7 @@ class Admission:
             num_abandoned=self._counts["abandoned"],
             num_dropped_reports=self._counts["dropped"],
             drain_tokens_per_s=self._drain.tokens_per_s(now),
+            num_queued_by_class=self._queue.num_by_class,
         )
 
     def release(self) -> list[Assignment]:

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from magicdec.stats import KvBlocks
+
 
 class BlockPool:
     """Hands out blocks, next to the sequence's last one where it can, and counts references.
@@ -34,6 +36,10 @@ class BlockPool:
     def num_free(self) -> int:
         """Blocks that can be had: idle ones are evicted when they are needed."""
         return self._num_empty + len(self._idle)
+
+    def usage(self) -> KvBlocks:
+        num_idle = len(self._idle)
+        return KvBlocks(self.num_blocks - self.num_free, num_idle, self._num_empty)
 
     def allocate(self, count: int, after: int | None = None) -> list[int]:
         """`count` blocks, adjacent to block `after` while they are free.

@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -12,6 +13,7 @@ from magicdec.detokenizer import Detokenizer
 from magicdec.draft_choice import check_speculation
 from magicdec.executor import Executor
 from magicdec.model_loader import ModelFacts
+from magicdec.round_tally import EngineCounts, RoundTally
 from magicdec.scheduler import Scheduler
 from magicdec.stats import EngineLoad, EngineStats
 from magicdec.types import (
@@ -40,6 +42,7 @@ class Engine:
         """Without a policy every round is as the config says."""
         self.config = config
         self.stats = EngineStats()
+        self._tally = RoundTally()
         self._executor = executor
         self._tokenizer = tokenizer
         self._facts = facts
@@ -61,7 +64,9 @@ class Engine:
         if batch.sequences:
             result = self._executor.execute(batch)
             outputs += self._update(batch, result)
-            self.policy.observe(batch, result, time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            self._tally.add(batch, result, plan, self.policy.forecast, seconds)
+            self.policy.observe(batch, result, seconds)
         return outputs
 
     def add(self, request: Request) -> None:
@@ -96,6 +101,16 @@ class Engine:
             total_kv_tokens=self._total_kv_tokens,
             num_prefill_tokens=self._scheduler.num_prefill_tokens,
             num_waiting_tokens=sum(len(s.token_ids) for s in self._scheduler.waiting),
+        )
+
+    def take_counts(self) -> EngineCounts:
+        """For who watches: its tally begins anew."""
+        tally, self._tally = self._tally, RoundTally()
+        return EngineCounts(
+            load=self.load(),
+            blocks=self._scheduler.pool.usage(),
+            stats=replace(self.stats),
+            tally=tally,
         )
 
     def check_integrity(self) -> None:

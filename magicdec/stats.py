@@ -1,5 +1,6 @@
 """Counters of an engine, cumulative since start. Times in seconds."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -13,6 +14,26 @@ class EngineLoad:
     total_kv_tokens: int
     num_prefill_tokens: int = 0  # still to compute before a first token, running and waiting
     num_waiting_tokens: int = 0  # of sequences that wait: they hold no block yet
+
+
+@dataclass(frozen=True, slots=True)
+class KvBlocks:
+    """The pool by what its blocks hold."""
+
+    num_held: int  # in a sequence's table
+    num_cached: int  # in none, but a prefix may find it
+    num_empty: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepForecast:
+    """What a cost model foresaw of one step. `bounds`: its verify forward by what the time goes
+    to, see step_bounds.py."""
+
+    seconds: float  # as planned
+    plain_seconds: float  # of the same rows, had nothing been drafted
+    prefill_seconds: float  # of either: what prompts' rows take
+    bounds: Mapping[str, float]
 
 
 @dataclass(slots=True)

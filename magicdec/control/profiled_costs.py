@@ -8,6 +8,7 @@ from magicdec.batch import Batch, StepResult
 from magicdec.config import MAX_DRAFT_LENGTH, SpeculativeConfig
 from magicdec.control.round_costs import RoundLoad
 from magicdec.control.round_shapes import RoundShapes
+from magicdec.control.step_bounds import Speeds, step_bounds, with_drafts
 from magicdec.control.step_corrections import COMPUTE, EXTRA_ROWS, READ, StepCorrections
 from magicdec.control.step_parts import StepParts
 from magicdec.cost_model import VERIFY, Floats, StepShape, draft_kind
@@ -92,6 +93,19 @@ class ProfiledRoundCosts:
         """What the load's prefill chunks would take without its decode rows."""
         chunk = self._shapes.chunk(load.num_prefill_rows, load.prefill_products)
         return self._steps.factor(COMPUTE, PREFILL) * self._profile.added_seconds(0, chunk)
+
+    def bounds(self, load: RoundLoad, draft_length: int) -> dict[str, float]:
+        """Seconds of the round's verify forward by what they go to: see step_bounds.py."""
+        if load is not self._load:
+            self._weigh(load)
+        chunk = self._shapes.chunk(load.num_prefill_rows, load.prefill_products)
+        return step_bounds(
+            self._profile.model.cost(VERIFY),
+            self._profile.model.cost(PREFILL),
+            with_drafts(self._plain, draft_length),
+            chunk,
+            Speeds(self._steps.factor(COMPUTE), self._steps.factor(READ), self._overhead),
+        )
 
     def observe_overhead(self, seconds: float) -> None:
         """What a round took beside its forwards. One that cannot be moves nothing."""

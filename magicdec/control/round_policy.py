@@ -12,6 +12,7 @@ from magicdec.control.policy_snapshot import PolicySnapshot
 from magicdec.control.profiled_costs import ProfiledRoundCosts
 from magicdec.control.round_costs import RoundLoad
 from magicdec.drafters.self_draft import POLICIES
+from magicdec.stats import StepForecast
 
 _LEAST_PREFILL_ROWS = 64  # of a step, whatever the target: prompts get on
 _PREFILL_STEP = 32  # rows; the target is not met more finely
@@ -22,6 +23,11 @@ class RoundPolicy(Protocol):
 
     def choose(self, load: RoundLoad) -> Plan:
         """The step's plan."""
+        ...
+
+    def forecast(self) -> StepForecast | None:
+        """What was foreseen of the step that was chosen last; None: nothing is. Ask before
+        `observe`."""
         ...
 
     def observe(self, batch: Batch, result: StepResult, seconds: float) -> None:
@@ -49,6 +55,9 @@ class FixedPolicy:
 
     def choose(self, load: RoundLoad) -> Plan:
         return self.plan
+
+    def forecast(self) -> StepForecast | None:
+        return None
 
     def observe(self, batch: Batch, result: StepResult, seconds: float) -> None:
         pass
@@ -114,6 +123,18 @@ class AdaptivePolicy:
             max_prefill_rows=self._load.num_prefill_rows,
             prompt_drafter=self._prompt_drafter,
             explores=self.chosen.explores,
+        )
+
+    def forecast(self) -> StepForecast:
+        """See RoundPolicy."""
+        load, plan = self._load, self.chosen.plan
+        prefill = self.costs.prefill_seconds(load)
+        decodes = bool(load.context_lens)  # otherwise the choice has no prediction
+        return StepForecast(
+            seconds=prefill + self.chosen.predicted_seconds if decodes else prefill,
+            plain_seconds=self.costs.seconds(load, plan.drafter, 0, plan.draft_budget),
+            prefill_seconds=prefill,
+            bounds=self.costs.bounds(load, plan.draft_length),
         )
 
     def observe(self, batch: Batch, result: StepResult, seconds: float) -> None:

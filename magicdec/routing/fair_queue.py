@@ -12,7 +12,7 @@ not fit yet. After an age bound the oldest of a key is the first whatever its cl
 """
 
 import heapq
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -47,6 +47,7 @@ class FairQueue:
         self._turns = Ranking()  # of the keys that wait, by tokens served
         self._sizes = Ranking()  # the same, by number of requests
         self._class_tokens: defaultdict[int, int] = defaultdict(int)
+        self._class_counts: Counter[int] = Counter()
         self._num_added = 0
         self.num_tokens = 0
 
@@ -83,6 +84,7 @@ class FairQueue:
         heapq.heappush(heap, (waiting.first_at, self._num_added, waiting))
         self.num_tokens += waiting.num_tokens
         self._class_tokens[waiting.length_class] += waiting.num_context_tokens
+        self._class_counts[waiting.length_class] += 1
         self._rank(name)
 
     def remove(self, request_id: str) -> Waiting:
@@ -91,6 +93,7 @@ class FairQueue:
         waiting.queued = False
         self.num_tokens -= waiting.num_tokens
         self._class_tokens[waiting.length_class] -= waiting.num_context_tokens
+        self._class_counts[waiting.length_class] -= 1
         key = self._keys[waiting.key]
         del key.requests[request_id]
         if not key.requests:
@@ -112,6 +115,11 @@ class FairQueue:
     def class_tokens(self, length: int) -> int:
         """Context tokens that wait in a length class."""
         return self._class_tokens[length]
+
+    @property
+    def num_by_class(self) -> dict[int, int]:
+        """Requests that wait, by the length classes there are of them."""
+        return {length: count for length, count in self._class_counts.items() if count > 0}
 
     def turns(self) -> list[str]:
         """The keys that wait, least served first; of very many, the first ones."""

@@ -1,5 +1,6 @@
 """What an operator chooses of the router's policy, and the nouns it is asked and answers with."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from magicdec.config import check_at_least
@@ -84,4 +85,5 @@ class AdmissionStats:
     num_abandoned: int  # nobody waited for them any more
     num_dropped_reports: int  # that could not be true
     drain_tokens_per_s: float | None
+    num_queued_by_class: Mapping[int, int]  # see waiting.length_class
     num_dropped_policies: int = 0  # likewise, of what replicas say they have learnt

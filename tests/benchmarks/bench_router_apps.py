@@ -15,8 +15,8 @@ from magicdec.config import EngineConfig
 from magicdec.deployments import app
 from magicdec.deployments.replica import EngineReplica
 from magicdec.deployments.replica_api import Admitted
-from magicdec.deployments.router import Router
 from magicdec.deployments.settings import ServeSettings
+from magicdec.deployments.watched_router import WatchedRouter
 from magicdec.routing.settings import AdmissionStats, Ask, Assignment
 from magicdec.types import Request, RequestOutput
 from tests.benchmarks.bench_router_client import Call, Client
@@ -30,7 +30,7 @@ _SETTLE_S = 1.5  # for the last reports of the warm-up
 _ANSWER_S = 60.0
 
 
-class UndecidedRouter(Router):
+class UndecidedRouter(WatchedRouter):
     """Leaves every request to Serve, at once. It takes the reports, as the real one does."""
 
     async def assign(self, ask: Ask, wait_s: float) -> Assignment | None:
@@ -40,8 +40,10 @@ class UndecidedRouter(Router):
 class ObservedReplica(EngineReplica):
     """Notes when each request reached it, by seed: which of the client's requests it is."""
 
-    def __init__(self, config: EngineConfig, router: DeploymentHandle[Any]) -> None:
-        super().__init__(config, router)
+    def __init__(
+        self, config: EngineConfig, router: DeploymentHandle[Any], model_name: str
+    ) -> None:
+        super().__init__(config, router, model_name)
         self._arrivals: dict[int, float] = {}
 
     async def generate(
@@ -110,7 +112,7 @@ def deployed(settings: ServeSettings, arm: str, timeout_s: float) -> Iterator[Be
     """A fresh application: its replicas have cached nothing. `timeout_s`: of a client's request."""
     replaced: dict[str, Any] = {"EngineReplica": ObservedReplica}
     if arm == SERVE:
-        replaced["Router"] = UndecidedRouter
+        replaced["WatchedRouter"] = UndecidedRouter
         # Serve's own: two choices at random, the shorter queue.
         replaced["PinnedRequestRouter"] = RequestRouterConfig().request_router_class
     with mock.patch.multiple(app, **replaced):

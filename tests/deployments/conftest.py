@@ -1,5 +1,6 @@
 """The real Serve application over a tiny fp32 model: one Ray a session, one app at a time."""
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -79,6 +80,8 @@ def tiny_settings(
 
 @pytest.fixture(scope="session")
 def local_ray(tiny_model_dir: Path) -> Iterator[None]:
+    os.environ["RAY_metrics_report_interval_ms"] = "500"  # noqa: SIM112
+    os.environ["RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S"] = "0.5"
     start_local_ray(tiny_settings(tiny_model_dir).server, show_worker_logs=False)
     yield
     ray.shutdown()

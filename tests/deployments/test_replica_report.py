@@ -6,7 +6,7 @@ import pytest
 
 from magicdec.config import SchedulerConfig
 from magicdec.deployments import replica_report
-from magicdec.deployments.replica_report import Requests
+from magicdec.deployments.replica_report import ReportAnswer, Requests
 from magicdec.routing.reports import FinishedRequest, LiveRequest, find_flaw
 from magicdec.stats import EngineLoad
 from magicdec.types import FinishReason, Request, RequestOutput, SamplingParams, Usage
@@ -62,7 +62,7 @@ async def test_ends_are_repeated_until_a_report_was_taken() -> None:
     lost, taken = requests.report(LOAD), requests.report(LOAD)
     assert lost.finished == taken.finished != ()
     assert taken.number > lost.number
-    requests.was_taken(taken, router_knew=True)
+    requests.was_taken(taken, ReportAnswer(True))
     assert requests.report(LOAD).finished == ()
 
 
@@ -72,10 +72,10 @@ async def test_a_router_that_is_new_is_told_prefixes_once() -> None:
         requests.begin(request(name), hashes)
     first = requests.report(LOAD)
     assert first.prefixes == ((7,), (1, 2))
-    requests.was_taken(first, router_knew=False)
+    requests.was_taken(first, ReportAnswer(False))
     assert requests.report(LOAD).prefixes == ()
-    requests.was_taken(requests.report(LOAD), router_knew=True)
-    requests.was_taken(requests.report(LOAD), router_knew=False)  # another router
+    requests.was_taken(requests.report(LOAD), ReportAnswer(True))
+    requests.was_taken(requests.report(LOAD), ReportAnswer(False))  # another router
     assert requests.report(LOAD).prefixes == ((7,), (1, 2))
 
 
@@ -107,3 +107,9 @@ async def test_first_tokens_and_ends_are_reported_soon(
     await requests.wait_for_news()
     elapsed = loop.time() - start
     assert elapsed >= 0.38 if news == "nothing" else 0.015 < elapsed < 0.3
+
+
+def test_a_replica_that_drains_says_so() -> None:
+    requests = Requests(SchedulerConfig(max_num_seqs=4, max_batch_tokens=128))
+    assert not requests.report(LOAD).draining
+    assert requests.report(LOAD, draining=True).draining

@@ -190,3 +190,27 @@ def test_time_around_the_forwards_is_part_of_a_round() -> None:
     for wrong in (float("nan"), float("inf"), -1.0, 1e9):
         policy.costs.observe_overhead(wrong)
     assert policy.costs.seconds(load, "recycled", 0, 24) == after
+
+
+def test_a_forecast_is_that_of_the_step_that_was_chosen() -> None:
+    """Plain decoding of the same rows beside it, and what prompts take of either."""
+    policy = policy_of(ADAPTIVE)
+    load = RoundLoad((6000,) * 4, request_keys=("a", "b", "c", "d"), draft_limits=(8,) * 4)
+    policy.choose(load)
+    forecast = policy.forecast()
+    assert forecast.seconds == policy.chosen.predicted_seconds
+    assert forecast.plain_seconds == pytest.approx(0.1)
+    assert forecast.prefill_seconds == 0.0
+    assert sum(forecast.bounds.values()) == pytest.approx(0.1)  # all of it is fixed here
+    policy.choose(replace(load, num_prefill_rows=100, prefill_products=100.0 * 100))
+    beside = policy.forecast()
+    assert beside.prefill_seconds == pytest.approx(0.1)
+    assert beside.seconds == pytest.approx(0.1 + policy.chosen.predicted_seconds)
+    assert beside.plain_seconds == pytest.approx(0.2)
+
+
+def test_a_forecast_of_prompts_alone_is_their_time() -> None:
+    policy = policy_of(ADAPTIVE)
+    policy.choose(RoundLoad((), num_prefill_rows=100, prefill_products=100.0 * 100))
+    forecast = policy.forecast()
+    assert forecast.seconds == forecast.plain_seconds == pytest.approx(0.1)
