@@ -15,6 +15,7 @@ from magicdec.deployments.settings import ServeSettings, parse_settings
 
 APP_NAME = "magicdec"
 REPLICA_DEPLOYMENT = "EngineReplica"
+ROUTER_DEPLOYMENT = "Router"
 
 # The router queues by KV tokens and bounds the queue: Serve's own limits stay out of it.
 UNLIMITED_REQUESTS = 1_000_000
@@ -32,6 +33,12 @@ def build(settings: ServeSettings) -> Application:
     return _ingress(settings).bind(settings, router, replicas)
 
 
+def build_engines(settings: ServeSettings) -> Application:
+    """The same without HTTP: for a job that asks router and replicas itself."""
+    router = _router().bind(settings.admission_config())
+    return _replicas(settings).bind(settings.engine_config(), router)
+
+
 def app_builder(args: dict[str, Any]) -> Application:
     """For Serve configs and `serve run`: args are the sections of the YAML settings file."""
     return build(parse_settings(args))
@@ -40,7 +47,7 @@ def app_builder(args: dict[str, Any]) -> Application:
 def _router() -> Deployment:
     """One replica: it is the only place that sees every assignment."""
     configure = serve.deployment(
-        name="Router",
+        name=ROUTER_DEPLOYMENT,
         num_replicas=1,
         ray_actor_options={"num_cpus": 0.1},
         max_ongoing_requests=UNLIMITED_REQUESTS,
