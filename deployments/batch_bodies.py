@@ -1,6 +1,7 @@
 """A row's body as the server reads one, and whether it fits the model's context."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:  # imports transformers, which most rows do not need
 
 MAX_CHOICES = 64  # prompts in one completion row
 SPECIAL_TOKENS = 8  # that a tokenizer adds to a prompt, at most
-_MANY_ROLES = 256  # conversations of so many different shapes are remembered
 
 
 def parse_body(row: BatchRow) -> GenerationBody:
@@ -43,25 +43,32 @@ def requests_of(body: GenerationBody, builder: "PromptBuilder") -> list[Request]
     return builder.completion(body)
 
 
+@dataclass(frozen=True, slots=True)
+class PromptLimits:
+    """`template_bytes`: of the chat template's own text; None where the model has none."""
+
+    max_model_len: int  # tokens, prompt and output
+    template_bytes: int | None
+
+
 class BodyCheck:
     """What a body asks, against the limits of model and server, as cheaply as it can be known.
 
-    A token is at least one byte of its text, so a prompt of few bytes fits whatever its tokens are;
-    only where that does not decide is it tokenized. Templates that write more for some texts than
-    for others are not bounded so: the engine has the last word.
+    A token is at least one byte of text, and a template writes its own text at most once a message
+    and once around them. So a prompt of few bytes fits whatever its tokens are, and is tokenized
+    only where that does not decide. The engine has the last word, as of roles that a template
+    refuses.
     """
 
     def __init__(
         self,
         load_builder: Callable[[], "PromptBuilder"],
-        *,
-        max_model_len: int,
+        limits: PromptLimits,
         speculation: SpeculativeConfig,
     ) -> None:
         self._load_builder = load_builder
-        self._max_model_len = max_model_len
+        self._limits = limits
         self._speculation = speculation
-        self._template_bytes: dict[tuple[str, ...], int] = {}
         self.num_tokenized = 0
 
     def check(self, body: GenerationBody) -> None:
@@ -72,7 +79,7 @@ class BodyCheck:
         if asked is None:
             asked = DEFAULT_COMPLETION_TOKENS if isinstance(body, CompletionRequest) else 1
         body.sampling(asked)
-        if most is not None and most + asked <= self._max_model_len:
+        if most is not None and most + asked <= self._limits.max_model_len:
             return
         self.num_tokenized += 1
         requests_of(body, self._builder)
@@ -91,20 +98,10 @@ class BodyCheck:
                 return None
             return max(_num_bytes(p) for p in prompts if isinstance(p, str)) + SPECIAL_TOKENS
         assert isinstance(body, ChatCompletionRequest)
-        messages = [message.for_template() for message in body.messages]
-        roles = tuple(message["role"] for message in messages)
-        texts = sum(_num_bytes(message["content"]) for message in messages)
-        return texts + self._around(roles)
-
-    def _around(self, roles: tuple[str, ...]) -> int:
-        """Bytes that the template writes around the texts. Raises RequestError: it refuses these
-        roles."""
-        if roles not in self._template_bytes:
-            if len(self._template_bytes) >= _MANY_ROLES:
-                self._template_bytes.clear()
-            text = self._builder.rendered([{"role": role, "content": "x"} for role in roles])
-            self._template_bytes[roles] = _num_bytes(text)
-        return self._template_bytes[roles]
+        if self._limits.template_bytes is None:
+            return None
+        texts = [message.for_template()["content"] for message in body.messages]
+        return sum(map(_num_bytes, texts)) + (len(texts) + 1) * self._limits.template_bytes
 
 
 def _num_bytes(text: str) -> int:

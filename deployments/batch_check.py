@@ -56,7 +56,7 @@ class InputCheck:
 
     def run(self, on_row: Callable[[], None]) -> InputReport:
         """`on_row` is called a row, for the progress. Raises InputError listing the mistakes."""
-        for row in self._source.rows(self._defaults.model):
+        for row in self._source.rows(self._defaults.models):
             on_row()
             self._report.num_rows += 1
             if isinstance(row, InputError):
@@ -108,7 +108,7 @@ class InputCheck:
         if not suspected:
             return
         seen: dict[str, str] = {}
-        for row in self._source.rows(self._defaults.model):
+        for row in self._source.rows(self._defaults.models):
             if isinstance(row, InputError) or id_hash(row.custom_id) not in suspected:
                 continue
             first = seen.setdefault(row.custom_id, row.place)

@@ -135,7 +135,8 @@ def _run(
     settings: ServeSettings,
 ) -> int:
     from magicdec.deployments.batch_command import STOPPED, BatchOptions, run_batch
-    from magicdec.deployments.batch_job import JobRules, JobStopped
+    from magicdec.deployments.batch_job import JobRules
+    from magicdec.deployments.batch_output import JobStopped
     from magicdec.deployments.batch_sources import Template
 
     text, sampling = template

@@ -15,6 +15,7 @@ from magicdec.deployments.batch_endpoint import Endpoint, EndpointCaller, served
 from magicdec.deployments.batch_engines import ray_cluster
 from magicdec.deployments.batch_job import Answerer, BatchJob, JobRules, failing_lines, opened
 from magicdec.deployments.batch_manifest import Manifest
+from magicdec.deployments.batch_model_limits import body_check_of
 from magicdec.deployments.batch_progress import ProgressView, summary_table
 from magicdec.deployments.batch_row import RowDefaults
 from magicdec.deployments.batch_sources import Source, Template, open_source
@@ -55,10 +56,9 @@ def run_batch(options: BatchOptions, settings: ServeSettings, console: Console) 
     endpoint = None
     if options.endpoint is not None:
         endpoint = Endpoint.of(options.endpoint, options.api_key, options.patience_s)
-    defaults = RowDefaults(_served_model(endpoint, settings), options.seed)
+    defaults = RowDefaults(_served_names(endpoint, settings), options.seed)
     manifest = _manifest(options, settings, defaults)
-    place.fetch()
-    with opened(source, place.path, defaults, manifest, options.rules) as job:
+    with place.staged(), opened(source, place.path, defaults, manifest, options.rules) as job:
         _check(job, endpoint, settings, console)
         if options.dry_run:
             return ROW_ERRORS if job.report.num_failing else ALL_DONE
@@ -70,21 +70,15 @@ def run_batch(options: BatchOptions, settings: ServeSettings, console: Console) 
                     job.run(answer, view, figures)
         finally:
             console.print(summary_table(figures, options.output, job.num_errors))
-        code = ROW_ERRORS if job.num_errors else ALL_DONE
-    place.upload()
-    return code
+        return ROW_ERRORS if job.num_errors else ALL_DONE
 
 
-def _served_model(endpoint: Endpoint | None, settings: ServeSettings) -> str | None:
-    """The one that rows need not name; None: an endpoint serves more, and checks the names."""
-    if endpoint is None:
-        return settings.model.name
-    names = served_models(endpoint)
-    return names[0] if len(names) == 1 else None
+def _served_names(endpoint: Endpoint | None, settings: ServeSettings) -> tuple[str, ...]:
+    return (settings.model.name,) if endpoint is None else served_models(endpoint)
 
 
 def _manifest(options: BatchOptions, settings: ServeSettings, defaults: RowDefaults) -> Manifest:
-    answers: dict[str, Any] = {"model": defaults.model, "seed": options.seed}
+    answers: dict[str, Any] = {"models": list(defaults.models), "seed": options.seed}
     if options.template is not None:
         answers |= {"template": options.template.text, **options.template.sampling}
     if options.endpoint is None:
@@ -117,8 +111,6 @@ def _check(
 
     body_check = None
     if endpoint is None:
-        from magicdec.deployments.batch_model_limits import body_check_of  # torch: seconds
-
         body_check = body_check_of(settings)
     report = job.check(body_check, count)
     seconds = time.monotonic() - started

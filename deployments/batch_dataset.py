@@ -121,7 +121,7 @@ def _blocks(
 def _open_rows(
     source: Source, defaults: RowDefaults, answered: AnsweredIndex
 ) -> Iterator[BatchRow]:
-    for row in source.rows(defaults.model):
+    for row in source.rows(defaults.models):
         if isinstance(row, InputError):
             raise row  # it was read before without: somebody has changed it since
         if not answered.has(row.custom_id, row.key(defaults)):

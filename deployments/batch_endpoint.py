@@ -48,13 +48,13 @@ class Endpoint:
         return cls(url.rstrip("/").removesuffix("/v1"), api_key, patience_s)
 
 
-def served_models(endpoint: Endpoint) -> list[str]:
+def served_models(endpoint: Endpoint) -> tuple[str, ...]:
     """What the server lists. Raises SettingsError where it does not answer."""
     url = f"{endpoint.url}/v1/models"
     try:
         answer = httpx.get(url, headers=endpoint.headers(), timeout=CONNECT_TIMEOUT_S)
         answer.raise_for_status()
-        return [str(entry["id"]) for entry in answer.json()["data"]]
+        names = tuple(str(entry["id"]) for entry in answer.json()["data"])
     except httpx.HTTPStatusError as error:
         raise SettingsError(f"{url} answers {error.response.status_code}") from error
     except httpx.HTTPError as error:
@@ -62,6 +62,9 @@ def served_models(endpoint: Endpoint) -> list[str]:
         raise SettingsError(f"{url} does not answer: {reason}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise SettingsError(f"{url} does not answer as OpenAI's API does") from error
+    if not names:
+        raise SettingsError(f"{url} lists no model")
+    return names
 
 
 class EndpointCaller:

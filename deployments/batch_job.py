@@ -18,7 +18,7 @@ from magicdec.deployments.batch_check import InputCheck, InputReport
 from magicdec.deployments.batch_files import check_can_be_written
 from magicdec.deployments.batch_manifest import Manifest, check_manifest, manifest_path
 from magicdec.deployments.batch_outcome import Outcome
-from magicdec.deployments.batch_output import OutputFile
+from magicdec.deployments.batch_output import JobStopped, OutputFile
 from magicdec.deployments.batch_progress import Figures, ProgressView
 from magicdec.deployments.batch_row import InputError, RowDefaults
 from magicdec.deployments.batch_sources import Source
@@ -27,10 +27,6 @@ MAX_PASSES = 4  # over the rows that are left; each but the first runs one row a
 
 # (what is answered, one row at a time?) -> what becomes of the other rows
 Answerer = Callable[[AnsweredIndex, bool], Iterator[Outcome]]
-
-
-class JobStopped(RuntimeError):
-    """The job cannot go on now; what is answered is in the output, the same command goes on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +100,7 @@ class BatchJob:
         changed: set[str] = set()
         if self.report.num_changed:
             index = self._state.answered.freeze()
-            for row in self._source.rows(self._defaults.model):
+            for row in self._source.rows(self._defaults.models):
                 if isinstance(row, InputError) or index.key_of(row.custom_id) is None:
                     continue
                 if not index.has(row.custom_id, row.key(self._defaults)):
@@ -116,12 +112,12 @@ class BatchJob:
         index = self._state.answered.freeze()
         return sum(
             index.has(row.custom_id, row.key(self._defaults))
-            for row in self._source.rows(self._defaults.model)
+            for row in self._source.rows(self._defaults.models)
             if not isinstance(row, InputError)
         )
 
     def run(self, answerer: Answerer, view: ProgressView, figures: Figures) -> None:
-        """Answers what is left. Raises JobStopped, OutputError.
+        """Answers what is left. Raises JobStopped.
 
         A first pass runs many rows at a time. What it leaves, rows under which two engines died, is
         run one at a time: only the row that kills engines fails for it.

@@ -26,6 +26,10 @@ from magicdec.deployments.batch_answered import (
 SYNC_PERIOD_S = 1.0  # a machine that loses power loses so much, a process that dies loses nothing
 
 
+class JobStopped(RuntimeError):
+    """The job cannot go on now; what is answered is in the output, the same command goes on."""
+
+
 @dataclass(frozen=True, slots=True)
 class RowResult:
     """What became of a row: `response` or `error`, as the format has them; tokens for figures."""
@@ -80,14 +84,14 @@ class OutputFile:
         self._fd = fd
 
     def append(self, result: RowResult) -> None:
-        """Returns when the line is the system's: this process may die then. Raises OutputError."""
+        """Returns when the line is the system's: this process may die then. Raises JobStopped."""
         try:
             _write(self._fd, result.line())
             if time.monotonic() - self._synced_at >= SYNC_PERIOD_S:
                 os.fsync(self._fd)
                 self._synced_at = time.monotonic()
         except OSError as error:
-            raise OutputError(f"cannot write {self._path}: {error.strerror}") from error
+            raise JobStopped(f"cannot write {self._path}: {error.strerror}") from error
 
     def close(self) -> None:
         os.fsync(self._fd)

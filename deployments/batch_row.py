@@ -22,11 +22,11 @@ class InputError(SettingsError):
 class RowDefaults:
     """What a row is given where it says nothing.
 
-    `model`: the name of the one model that answers, or None where rows must say. `seed`: of the
-    rows whose bodies have none.
+    `models`: the names of those that answer; where there is one, rows may leave it out. `seed`: of
+    the rows whose bodies have none.
     """
 
-    model: str | None
+    models: tuple[str, ...]
     seed: int = 0
 
 
@@ -57,10 +57,10 @@ def id_hash(custom_id: str) -> int:
     return int.from_bytes(blake2b(custom_id.encode(), digest_size=8).digest(), "little")
 
 
-def parse_row(record: object, place: str, model: str | None) -> BatchRow:
+def parse_row(record: object, place: str, models: tuple[str, ...]) -> BatchRow:
     """A line of the batch format; fields that it does not have are ignored, as by OpenAI.
 
-    `model` is the name that rows may leave out and must not contradict. Raises InputError.
+    `models`: as in RowDefaults. Raises InputError.
     """
     if not isinstance(record, dict):
         raise InputError(f"{place}: a row must be a JSON object, got {_kind(record)}")
@@ -74,20 +74,19 @@ def parse_row(record: object, place: str, model: str | None) -> BatchRow:
     if url not in URLS:
         raise InputError(f"{place}: url must be {' or '.join(URLS)}, got {url!r}")
     body = _field(record, "body", place, dict, "an object")
-    return BatchRow(place, custom_id, url, _with_model(body, place, model))
+    return BatchRow(place, custom_id, url, _with_model(body, place, models))
 
 
-def _with_model(body: dict[str, Any], place: str, served: str | None) -> dict[str, Any]:
+def _with_model(body: dict[str, Any], place: str, models: tuple[str, ...]) -> dict[str, Any]:
     named = body.get("model")
+    if named in models:
+        return body
+    if named is None and len(models) == 1:
+        return {**body, "model": models[0]}
     if named is None:
-        if served is None:
-            raise InputError(f"{place}: body.model is missing, and more than one model is served")
-        return {**body, "model": served}
-    if served is not None and named != served:
-        raise InputError(
-            f"{place}: body.model must be {served!r}, the model that answers, got {named!r}"
-        )
-    return body
+        raise InputError(f"{place}: body.model is missing, and must be one of {', '.join(models)}")
+    served = " or ".join(map(repr, models))
+    raise InputError(f"{place}: body.model must be {served}, which answers here, got {named!r}")
 
 
 def _field(record: dict[str, Any], name: str, place: str, kind: type, wanted: str) -> Any:

@@ -26,7 +26,7 @@ class Source(Protocol):
     @property
     def path(self) -> str: ...
 
-    def rows(self, model: str | None) -> Iterator[BatchRow | InputError]: ...
+    def rows(self, models: tuple[str, ...]) -> Iterator[BatchRow | InputError]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Template:
 class JsonLines:
     path: str
 
-    def rows(self, model: str | None) -> Iterator[BatchRow | InputError]:
+    def rows(self, models: tuple[str, ...]) -> Iterator[BatchRow | InputError]:
         with opened(self.path) as stream:
             for number in count(1):
                 line = stream.readline(MAX_ROW_BYTES + 1)
@@ -65,12 +65,12 @@ class JsonLines:
                     yield InputError(f"{place}: a line must have at most {MAX_ROW_BYTES:,} bytes")
                     _skip_line(stream)
                 else:
-                    yield _row(line, place, model)
+                    yield _row(line, place, models)
 
 
-def _row(line: bytes, place: str, model: str | None) -> BatchRow | InputError:
+def _row(line: bytes, place: str, models: tuple[str, ...]) -> BatchRow | InputError:
     try:
-        return parse_row(from_json(line, allow_inf_nan=False), place, model)
+        return parse_row(from_json(line, allow_inf_nan=False), place, models)
     except InputError as error:
         return error
     except ValueError as error:
@@ -100,7 +100,7 @@ class ParquetRows:
     path: str
     template: Template | None
 
-    def rows(self, model: str | None) -> Iterator[BatchRow | InputError]:
+    def rows(self, models: tuple[str, ...]) -> Iterator[BatchRow | InputError]:
         for number, record in enumerate(self._records(), 1):
             place = f"{self.path}, row {number}"
             values = {"custom_id": f"row-{number}", "url": CHAT_URL, **record}
@@ -108,7 +108,7 @@ class ParquetRows:
                 values["custom_id"] = str(values["custom_id"])
             try:
                 values["body"] = self._body(values, place)
-                yield parse_row(values, place, model)
+                yield parse_row(values, place, models)
             except InputError as error:
                 yield error
 
@@ -163,7 +163,7 @@ class TextFolder:
     path: str
     template: Template
 
-    def rows(self, model: str | None) -> Iterator[BatchRow | InputError]:
+    def rows(self, models: tuple[str, ...]) -> Iterator[BatchRow | InputError]:
         system, root = file_system(self.path)
         with reading(self.path):
             names = sorted(system.find(root))
@@ -178,7 +178,7 @@ class TextFolder:
                 yield error
                 continue
             body = self.template.body({"text": text, "name": name})
-            yield parse_row({"custom_id": name, "url": CHAT_URL, "body": body}, place, model)
+            yield parse_row({"custom_id": name, "url": CHAT_URL, "body": body}, place, models)
 
     def _text(self, system: Any, full: str, place: str) -> str:
         with reading(place), system.open(full, "rb") as stream:

@@ -5,6 +5,8 @@ killed is gone on with on the same machine; one that ended in order can be gone 
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 from magicdec.deployments.batch_answered import OutputError
 from magicdec.deployments.batch_files import file_system, is_url, local_path, reading
 from magicdec.deployments.batch_manifest import manifest_path
+from magicdec.deployments.batch_output import JobStopped
 from magicdec.deployments.cache_folder import cache_folder
 
 
@@ -30,10 +33,22 @@ class OutputPlace:
         name = blake2b(url.encode(), digest_size=8).hexdigest()
         return cls(url, cache_folder() / "batch" / f"{name}-{url.rpartition('/')[2]}", True)
 
-    def fetch(self) -> None:
-        """Makes the local copy, unless a killed run left one. Raises SettingsError, OutputError."""
+    @contextmanager
+    def staged(self) -> Iterator[None]:
+        """The local copy while the block runs; what it left is uploaded, however it ended.
+
+        Raises SettingsError and OutputError before, JobStopped after.
+        """
         if not self.is_staged:
+            yield
             return
+        self._fetch()
+        try:
+            yield
+        finally:
+            self._upload()
+
+    def _fetch(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         system, name = file_system(self.url)
         with reading(self.url):
@@ -52,9 +67,9 @@ class OutputPlace:
                 if system.exists(remote):
                     system.get_file(remote, str(local))
 
-    def upload(self) -> None:
-        """Both files, the output last; then the local ones go. Raises OutputError."""
-        if not self.is_staged or not self.path.exists():
+    def _upload(self) -> None:
+        """Both files, the output last; then the local ones go."""
+        if not self.path.exists():
             return
         system, name = file_system(self.url)
         copies = self._copies(name)
@@ -62,7 +77,7 @@ class OutputPlace:
             for remote, local in reversed(copies):
                 system.put_file(str(local), remote)
         except OSError as error:
-            raise OutputError(
+            raise JobStopped(
                 f"cannot write {self.url}: {error}; the output is in {self.path}, and the same "
                 "command tries again"
             ) from error

@@ -54,13 +54,7 @@ class PromptBuilder:
 
     def chat(self, body: ChatCompletionRequest) -> list[Request]:
         """One request. Raises RequestError."""
-        text = self.rendered([message.for_template() for message in body.messages])
-        # The template writes the special tokens itself.
-        ids = tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-        return [self._request(body, "messages", ids, body.asked_max_tokens, self._max_model_len)]
-
-    def rendered(self, messages: list[dict[str, str]]) -> str:
-        """The text that the chat template makes of a conversation. Raises RequestError."""
+        messages = [message.for_template() for message in body.messages]
         try:
             text = self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
@@ -68,7 +62,9 @@ class PromptBuilder:
         except (TemplateError, ValueError) as error:
             message = f"the model's chat template refuses these messages: {error}"
             raise RequestError(message, param="messages") from error
-        return str(text)
+        # The template writes the special tokens itself.
+        ids = tuple(self._tokenizer(str(text), add_special_tokens=False)["input_ids"])
+        return [self._request(body, "messages", ids, body.asked_max_tokens, self._max_model_len)]
 
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer(text)["input_ids"])

@@ -17,7 +17,7 @@ from magicdec.deployments.batch_row import BatchRow, InputError, RowDefaults
 from magicdec.deployments.batch_sources import JsonLines, Source
 
 MODEL = "tiny"
-DEFAULTS = RowDefaults(MODEL, seed=0)
+DEFAULTS = RowDefaults((MODEL,), seed=0)
 MANIFEST = Manifest({"model": MODEL, "dtype": "float32"}, {})
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -43,8 +43,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
-def good_rows(source: Source, model: str | None = MODEL) -> list[BatchRow]:
-    rows = list(source.rows(model))
+def good_rows(source: Source) -> list[BatchRow]:
+    rows = list(source.rows(DEFAULTS.models))
     assert not [row for row in rows if isinstance(row, InputError)]
     return [row for row in rows if isinstance(row, BatchRow)]
 

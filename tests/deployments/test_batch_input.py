@@ -13,7 +13,7 @@ from pyarrow import parquet
 
 from magicdec.config import SpeculativeConfig
 from magicdec.deployments.batch_answered import Answered
-from magicdec.deployments.batch_bodies import MAX_CHOICES, BodyCheck
+from magicdec.deployments.batch_bodies import MAX_CHOICES, BodyCheck, PromptLimits
 from magicdec.deployments.batch_check import InputCheck, InputReport
 from magicdec.deployments.batch_row import InputError, RowDefaults
 from magicdec.deployments.batch_sources import (
@@ -50,7 +50,8 @@ def builder() -> PromptBuilder:
 
 
 def body_check() -> BodyCheck:
-    return BodyCheck(builder, max_model_len=CONTEXT, speculation=SpeculativeConfig())
+    limits = PromptLimits(CONTEXT, template_bytes=40)
+    return BodyCheck(builder, limits, SpeculativeConfig())
 
 
 def check(source: Source, bodies: BodyCheck | None = None) -> InputReport:
@@ -86,7 +87,10 @@ def without(name: str) -> dict[str, Any]:
         ({**GOOD, "method": "GET"}, "method must be POST, got 'GET'"),
         ({**GOOD, "url": "/v1/embeddings"}, "url must be /v1/chat/completions or /v1/completions"),
         ({**GOOD, "body": "text"}, "body must be an object, got a string"),
-        (completion("b", model="gpt-4"), "body.model must be 'tiny', the model that answers"),
+        (
+            completion("b", model="gpt-4"),
+            "body.model must be 'tiny', which answers here, got 'gpt-4'",
+        ),
         ({**GOOD, "custom_id": "b", "body": {"max_tokens": 4}}, "in.jsonl:2: body.prompt: Field"),
         (GOOD, "in.jsonl:2: custom_id 'a' is that of "),
         (b"x" * (MAX_ROW_BYTES + 5), "in.jsonl:2: a line must have at most 16,777,216 bytes"),
@@ -160,8 +164,9 @@ def test_the_model_may_be_left_out_or_named(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "in.jsonl", [GOOD, completion("b", model=MODEL)])
     rows = good_rows(JsonLines(str(path)))
     assert [row.body["model"] for row in rows] == [MODEL, MODEL]
-    (error, named) = JsonLines(str(path)).rows(None)
-    assert "body.model is missing" in str(error) and not isinstance(named, InputError)
+    (error, named) = JsonLines(str(path)).rows(("other", MODEL))
+    assert "body.model is missing, and must be one of other, tiny" in str(error)
+    assert not isinstance(named, InputError)
 
 
 def test_a_key_stands_for_all_that_an_answer_depends_on(tmp_path: Path) -> None:
@@ -174,7 +179,7 @@ def test_a_key_stands_for_all_that_an_answer_depends_on(tmp_path: Path) -> None:
     ]
     path = write_jsonl(tmp_path / "in.jsonl", variants)
     rows = good_rows(JsonLines(str(path)))
-    keys = {row.key(DEFAULTS) for row in rows} | {rows[0].key(RowDefaults(MODEL, seed=1))}
+    keys = {row.key(DEFAULTS) for row in rows} | {rows[0].key(RowDefaults((MODEL,), seed=1))}
     assert len(keys) == len(variants) + 1
     turned = dict(reversed(list(rows[0].body.items())))
     write_jsonl(path, [{**completion("a"), "body": turned}])

@@ -11,10 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from magicdec.deployments.batch_answered import AnsweredIndex, OutputError, read_output
-from magicdec.deployments.batch_job import JobStopped
 from magicdec.deployments.batch_manifest import manifest_path
 from magicdec.deployments.batch_outcome import Outcome
-from magicdec.deployments.batch_output import OutputFile
+from magicdec.deployments.batch_output import JobStopped, OutputFile
 from magicdec.deployments.batch_sources import JsonLines
 from magicdec.deployments.settings import SettingsError
 from tests.deployments.batch_rows import (

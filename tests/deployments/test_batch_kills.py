@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from magicdec.deployments.batch_bodies import MAX_CHOICES, parse_body, requests_of
-from magicdec.deployments.batch_row import RowDefaults, row_seed
+from magicdec.deployments.batch_row import row_seed
 from magicdec.deployments.batch_sources import JsonLines
 from magicdec.deployments.engine_builder import build_engine
 from magicdec.deployments.prompts import PromptBuilder
@@ -22,7 +22,7 @@ from tests.deployments.batch_processes import (
     write_settings,
 )
 from tests.deployments.batch_rows import (
-    MODEL,
+    DEFAULTS,
     chat,
     completion,
     good_rows,
@@ -62,7 +62,7 @@ def undisturbed(rows: Path, settings: ServeSettings) -> dict[str, str]:
     for row in good_rows(JsonLines(str(rows))):
         body = parse_body(row)
         if body.seed is None:
-            seed = row_seed(row.key(RowDefaults(MODEL)))
+            seed = row_seed(row.key(DEFAULTS))
             body = body.model_copy(update={"seed": seed})
         (request,) = requests_of(body, builder)
         names[request.request_id] = row.custom_id
