@@ -11,9 +11,14 @@ from magicdec.deployments.command_errors import INTERRUPTED, one_line_errors
 from magicdec.deployments.settings import ServeSettings, SettingsError, load_settings
 
 Input = Annotated[
-    str, typer.Argument(help="JSONL in OpenAI's batch format, *.parquet, or a folder of texts.")
+    str,
+    typer.Argument(
+        metavar="INPUT", help="JSONL in OpenAI's batch format, *.parquet, or a folder of texts."
+    ),
 ]
-Output = Annotated[str, typer.Argument(help="JSONL; one that is there is gone on with.")]
+Output = Annotated[
+    str, typer.Argument(metavar="OUTPUT", help="JSONL; one that is there is gone on with.")
+]
 TemplateText = Annotated[
     str | None,
     typer.Option(
@@ -121,7 +126,7 @@ def run(
     where = {"address": address, "endpoint": endpoint, "dry_run": dry_run, "verbose": verbose}
     limits = {"seed": seed, "max_live_rows": max_live_rows, "patience_s": patience}
     with one_line_errors():
-        _check_places(flags, address=address, endpoint=endpoint, api_key_file=api_key_file)
+        _check_places(flags, config, address=address, endpoint=endpoint, api_key_file=api_key_file)
         key = None if api_key_file is None else _read_key(api_key_file)
         options = {"input": input_path, "output": output_path, "api_key": key, **where, **limits}
         settings = _settings(config, flags)
@@ -160,6 +165,7 @@ def _run(
 
 def _check_places(
     flags: dict[str, dict[str, Any]],
+    config: Path | None,
     *,
     address: str | None,
     endpoint: str | None,
@@ -172,7 +178,8 @@ def _check_places(
         return
     if address is not None:
         raise SettingsError("give --address or --endpoint, not both")
-    given = [name for fields in flags.values() for name, v in fields.items() if v is not None]
+    named = {"config": config, **{n: v for fields in flags.values() for n, v in fields.items()}}
+    given = [name for name, value in named.items() if value is not None]
     if given:
         name = "model" if given[0] == "path" else given[0].replace("_", "-")
         raise SettingsError(f"--{name} is the server's to choose: it has no effect on --endpoint")

@@ -7,6 +7,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from importlib.metadata import version
+from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 from rich.console import Console
@@ -66,7 +68,7 @@ def run_batch(options: BatchOptions, settings: ServeSettings, console: Console) 
         try:
             if figures.num_left:
                 where = _answerer(options, endpoint, settings, source, defaults, console)
-                with _terminable(), where as answer, ProgressView(console, figures) as view:
+                with where as answer, _terminable(), ProgressView(console, figures) as view:
                     job.run(answer, view, figures)
         finally:
             console.print(summary_table(figures, options.output, job.num_errors))
@@ -152,7 +154,7 @@ def _answerer(
             many, one = stack.enter_context(
                 engine_stages(
                     settings,
-                    _app_name(options),
+                    _app_name(OutputPlace.of(options.output).path),
                     max_live_rows=options.max_live_rows,
                     patience_s=options.patience_s,
                 )
@@ -160,14 +162,17 @@ def _answerer(
         yield lambda answered, alone: outcomes(source, defaults, answered, one if alone else many)
 
 
-def _app_name(options: BatchOptions) -> str:
-    """The same for the same output: a job that was killed leaves its application to the next."""
-    return "magicdec-batch-" + blake2b(options.output.encode(), digest_size=4).hexdigest()
+def _app_name(output: Path) -> str:
+    """The same for the same file, which one job holds at a time: what a killed job left on a
+    cluster is replaced by the next, and no other's is."""
+    place = f"{gethostname()}:{output.absolute()}"
+    return "magicdec-batch-" + blake2b(place.encode(), digest_size=4).hexdigest()
 
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM ends the job as Ctrl-C does: in order."""
+    """SIGTERM ends the job as Ctrl-C does, in order. To be entered when Ray has been started, which
+    sets a handler of its own."""
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt

@@ -11,6 +11,7 @@ and an answer is the driver's as soon as it is there.
 import logging
 import pickle
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,10 +20,12 @@ import pyarrow as pa
 import ray
 from ray.data import DataContext, Datasource, ReadTask
 from ray.data.block import BlockMetadata
+from ray.exceptions import RayError, RayTaskError
 
 from magicdec.deployments.batch_answered import AnsweredIndex
 from magicdec.deployments.batch_grouping import grouped
 from magicdec.deployments.batch_outcome import Outcome
+from magicdec.deployments.batch_output import JobStopped
 from magicdec.deployments.batch_row import BatchRow, InputError, RowDefaults
 from magicdec.deployments.batch_sources import Source
 
@@ -71,30 +74,52 @@ class RowDatasource(Datasource):
 def outcomes(
     source: Source, defaults: RowDefaults, answered: AnsweredIndex, stage: Stage
 ) -> Iterator[Outcome]:
-    """One a row that `answered` has not; a row may come twice where a worker died."""
-    with DataContext.current(_context()):
-        here = ray.get_runtime_context().get_node_id()
-        rows = ray.data.read_datasource(
-            RowDatasource(source, defaults, ray.put(answered)),
-            override_num_blocks=1,
-            num_cpus=READ_CPUS,
-            label_selector={NODE_LABEL: here},
-        )
-        per_caller = max(1, stage.num_live_rows // stage.num_callers)
-        answers = rows.map(
-            stage.caller,
-            fn_constructor_args=(stage.target, defaults),
-            num_cpus=CALLER_CPUS,
-            compute=ray.data.ActorPoolStrategy(
-                size=stage.num_callers,
-                max_tasks_in_flight_per_actor=per_caller,
-                max_concurrent_calls_per_actor=per_caller,
-            ),
-        )
+    """One a row that `answered` has not; a row may come twice where a worker died.
+
+    Raises JobStopped.
+    """
+    with DataContext.current(_context()):  # the dataset keeps it
+        answers = _answers(source, defaults, ray.put(answered), stage)
+    with _ray_failures():
         batches = answers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
         for batch in batches:
-            for outcome in batch.column("outcome").to_pylist():
+            table: Any = batch  # pyarrow has no types
+            for outcome in table.column("outcome").to_pylist():
                 yield pickle.loads(outcome)
+
+
+def _answers(
+    source: Source, defaults: RowDefaults, answered: "ray.ObjectRef[AnsweredIndex]", stage: Stage
+) -> ray.data.Dataset:
+    here = ray.get_runtime_context().get_node_id()  # local files are this node's
+    rows = ray.data.read_datasource(
+        RowDatasource(source, defaults, answered),
+        override_num_blocks=1,
+        num_cpus=READ_CPUS,
+        label_selector={NODE_LABEL: here},
+    )
+    per_caller = max(1, stage.num_live_rows // stage.num_callers)
+    answers: ray.data.Dataset = rows.map(
+        stage.caller,
+        fn_constructor_args=(stage.target, defaults),
+        num_cpus=CALLER_CPUS,
+        compute=ray.data.ActorPoolStrategy(
+            size=stage.num_callers,
+            max_tasks_in_flight_per_actor=per_caller,
+            max_concurrent_calls_per_actor=per_caller,
+        ),
+    )
+    return answers
+
+
+@contextmanager
+def _ray_failures() -> Iterator[None]:
+    """What Ray could not mend by running it again, as JobStopped."""
+    try:
+        yield
+    except RayError as error:
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        raise JobStopped(" ".join(str(cause).split())) from error
 
 
 def _context() -> DataContext:

@@ -23,6 +23,7 @@ FIRST_PAUSE_S = 1.0
 MAX_PAUSE_S = 30.0
 ANSWER_TIMEOUT_S = 3600.0  # one long answer on a slow machine
 CONNECT_TIMEOUT_S = 10.0
+SERVED_S = 2 * CONNECT_TIMEOUT_S  # a try that took longer did not only wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,7 @@ class EndpointCaller:
         body = {"seed": row_seed(key), **row.body}
         give_up, pause_s = time.monotonic() + self._endpoint.patience_s, FIRST_PAUSE_S
         while True:
-            asked_s = None
+            asked_s, started = None, time.monotonic()
             try:
                 answer = await self._client.post(row.url, json=body)
                 if answer.status_code not in TRY_AGAIN:
@@ -106,6 +107,8 @@ class EndpointCaller:
                 asked_s = _retry_after(answer)
             except httpx.TransportError as error:
                 reason = f"{self._endpoint.url} does not answer: {error or type(error).__name__}"
+            if time.monotonic() - started > SERVED_S:  # the server had it
+                give_up = time.monotonic() + self._endpoint.patience_s
             if time.monotonic() > give_up:
                 return Outcome(None, unreachable=reason)
             await asyncio.sleep(pause_s if asked_s is None else asked_s)

@@ -16,6 +16,7 @@ from magicdec.deployments.batch_outcome import Outcome, failed
 from magicdec.deployments.batch_output import RowResult
 from magicdec.deployments.batch_row import BatchRow, RowDefaults, row_seed
 from magicdec.deployments.dispatch import Dispatcher
+from magicdec.deployments.embedded_model import resolve_model
 from magicdec.deployments.errors import (
     ApiError,
     from_request_error,
@@ -33,15 +34,16 @@ logger = logging.getLogger(__name__)
 
 CLIENT = "batch"
 REPLICA_WAIT_S = 60.0  # of one try
+SERVED_S = 2 * REPLICA_WAIT_S  # a try that took longer did not only wait
 RETRY_PERIOD_S = 2.0
 TRY_AGAIN = (429, 503)  # no engine has room, or none is there
 
 
 @dataclass(frozen=True, slots=True)
 class EngineTarget:
-    """The engines, and what is needed to make requests for them. `patience_s`: for how long a row
-    waits for engines that are gone. `alone`: no other row is live, so one that is live at two
-    deaths of engines is what kills them."""
+    """The engines, and what is needed to make requests for them. `patience_s`: for how long on end
+    a row waits for engines that are gone. `alone`: no other row is live, so one that is live at
+    two deaths of engines is what kills them."""
 
     app_name: str
     router: str  # deployments of that application
@@ -64,7 +66,7 @@ class EngineCaller:
         self._router = serve.get_deployment_handle(target.router, target.app_name)
         self._replicas = serve.get_deployment_handle(target.replicas, target.app_name)
         self._builder = PromptBuilder(
-            load_tokenizer(target.model_path),
+            load_tokenizer(resolve_model(target.model_path)),
             max_model_len=target.max_model_len,
             vocab_size=target.vocab_size,
             max_choices=MAX_CHOICES,
@@ -91,6 +93,7 @@ class EngineCaller:
         except RequestError as error:
             return Outcome(failed(row, key, from_request_error(error)))
         while True:
+            started = time.monotonic()
             try:
                 return Outcome(await self._answer(row, key, body, requests))
             except ApiError as error:
@@ -98,6 +101,8 @@ class EngineCaller:
                     return Outcome(None, is_suspect=True)
                 if error.status not in TRY_AGAIN:
                     return Outcome(failed(row, key, error))
+                if time.monotonic() - started > SERVED_S:  # an engine had it
+                    give_up = time.monotonic() + self._target.patience_s
                 if time.monotonic() > give_up:
                     return Outcome(None, unreachable=error.message)
             await asyncio.sleep(RETRY_PERIOD_S)

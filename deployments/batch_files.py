@@ -1,5 +1,6 @@
 """Files by local path or fsspec URL, opened with errors that a person can use."""
 
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,12 +33,20 @@ def file_system(path: str) -> tuple[Any, str]:
 
 @contextmanager
 def opened(path: str, *, compression: str | None = "infer") -> Iterator[IO[bytes]]:
-    """The bytes of a file; .gz, .zst and the like are unpacked. Raises SettingsError."""
+    """The bytes of a file; .zst, .gz and the like are unpacked. Raises SettingsError."""
+    is_zstd = compression is not None and path.endswith(".zst")
+    name = path if is_url(path) else str(local_path(path))
     with reading(path):
-        file = fsspec.open(path if is_url(path) else str(local_path(path)), "rb",
-                           compression=compression)  # fmt: skip
+        file = fsspec.open(name, "rb", compression=None if is_zstd else compression)
         with file as stream:
-            yield stream
+            yield _unpacked(stream) if is_zstd else stream
+
+
+def _unpacked(stream: IO[bytes]) -> IO[bytes]:
+    """fsspec's own zstd is another package, and its streams know no lines."""
+    import pyarrow as pa  # tens of megabytes, for the few inputs that are so
+
+    return io.BufferedReader(pa.CompressedInputStream(stream, "zstd"))
 
 
 @contextmanager

@@ -65,8 +65,10 @@ def read_manifest(path: Path) -> Manifest | None:
 def check_manifest(output: Path, wanted: Manifest, *, force: bool) -> None:
     """Raises OutputError for an output that other settings made, or that is none of ours, unless
     that is `force`d."""
+    if force:
+        return
     found = read_manifest(manifest_path(output))
-    if force or (found is None and (not output.exists() or output.stat().st_size == 0)):
+    if found is None and (not output.exists() or output.stat().st_size == 0):
         return
     if found is None:
         raise OutputError(

@@ -8,7 +8,6 @@ from magicdec.deployments.app import REPLICA_DEPLOYMENT, ROUTER_DEPLOYMENT
 from magicdec.deployments.batch_dataset import Stage
 from magicdec.deployments.batch_engine_caller import EngineCaller, EngineTarget
 from magicdec.deployments.batch_engines import engines, for_throughput, num_live_rows
-from magicdec.deployments.embedded_model import resolve_model
 from magicdec.deployments.settings import ServeSettings
 
 MAX_CALLERS = 4  # processes: each carries hundreds of rows
@@ -24,7 +23,7 @@ def engine_stages(
             app_name=app_name,
             router=ROUTER_DEPLOYMENT,
             replicas=REPLICA_DEPLOYMENT,
-            model_path=resolve_model(settings.model.path),
+            model_path=settings.model.path,
             model_name=settings.model.name,
             max_model_len=replica.max_model_len,
             vocab_size=replica.vocab_size,

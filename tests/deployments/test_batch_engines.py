@@ -30,10 +30,9 @@ POISON = "poison"
 def test_a_batch_waits_for_nobody() -> None:
     settings = load_settings(None, {"server": {"num_replicas": 3, "company_wait_s": 0.1}})
     fast = for_throughput(settings)
-    assert fast.speculation.config().adaptive is not None
-    assert (
-        fast.engine_config().speculation.adaptive != settings.engine_config().speculation.adaptive
-    )
+    adaptive, of_serving = (s.engine_config().speculation.adaptive for s in (fast, settings))
+    assert adaptive is not None and of_serving is not None
+    assert adaptive.inter_token_target_s > 60 > of_serving.inter_token_target_s
     assert fast.admission_config().company_wait_s == 0.1
     assert fast.admission_config().max_queued_requests > num_live_rows(settings) == 96
     assert fast.cache == settings.cache and fast.model == settings.model
@@ -61,10 +60,13 @@ def test_ranks_on_a_cluster_that_is_there(
 def test_the_row_that_kills_engines_fails_alone(
     local_ray: None, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    """An engine is killed whenever the poison row has been live in it for half a second."""
+    """An engine is killed whenever the poison row is live in it, with the others or alone."""
     settings = tiny_settings(tiny_model_dir, max_num_seqs=4)
-    neighbours = [completion(f"row-{i}", max_tokens=300, ignore_eos=True) for i in range(3)]
-    poison = completion(POISON, max_tokens=400, ignore_eos=True)
+    neighbours = [
+        completion(f"row-{i}", f"{i} is longer" * 4, max_tokens=350, ignore_eos=True)
+        for i in range(3)
+    ]
+    poison = completion(POISON, "short", max_tokens=450, ignore_eos=True)
     rows = write_jsonl(tmp_path / "in.jsonl", [poison, *neighbours])
     output, source = tmp_path / "out.jsonl", JsonLines(str(tmp_path / "in.jsonl"))
     with engine_stages(settings, "batch-poison", max_live_rows=None, patience_s=300.0) as stages:
@@ -87,8 +89,8 @@ def test_the_row_that_kills_engines_fails_alone(
 
 
 def _kill_while_live(app_name: str, output: Path, done: threading.Event) -> None:
-    """Engines that have all rows, or the poison row alone, which has the first place in the input:
-    in both cases one that runs anything while the poison row has no line."""
+    """Kills an engine that runs all rows that are left. At first those are all; when rows run one
+    at a time, it is the poison row, the shortest and so the last."""
     replicas = serve.get_deployment_handle(REPLICA_DEPLOYMENT, app_name)
     while not done.is_set():
         time.sleep(0.3)

@@ -9,6 +9,7 @@ from typing import Any
 import fsspec
 import pyarrow as pa
 import pytest
+import zstandard
 from pyarrow import parquet
 
 from magicdec.config import SpeculativeConfig
@@ -192,7 +193,9 @@ def test_compressed_and_remote_inputs_are_read(tmp_path: Path) -> None:
     packed.write_bytes(gzip.compress(b"\xef\xbb\xbf" + raw))
     with fsspec.open("memory://batch/in.jsonl", "wb") as file:
         file.write(raw)
-    for path in (str(packed), "memory://batch/in.jsonl", f"file://{packed}"):
+    smaller = tmp_path / "in.jsonl.zst"
+    smaller.write_bytes(zstandard.compress(raw))
+    for path in (str(smaller), str(packed), "memory://batch/in.jsonl", f"file://{packed}"):
         assert check(open_source(path, None)).num_rows == 1
 
 
@@ -206,6 +209,14 @@ def test_compressed_and_remote_inputs_are_read(tmp_path: Path) -> None:
 def test_an_input_that_is_not_there_is_one_line(path: str, message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         open_source(path, None)
+
+
+@pytest.mark.parametrize("name", ["in.jsonl.gz", "in.jsonl.zst"])
+def test_what_is_not_packed_as_it_is_named_is_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"not packed\n")
+    with pytest.raises(SettingsError, match=f"cannot read .*{name}: "):
+        check(open_source(str(path), None))
 
 
 TEMPLATE = Template("Summarise {text}", {"max_tokens": 5})

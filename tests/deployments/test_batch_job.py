@@ -145,6 +145,10 @@ def test_errors_are_kept_unless_they_are_retried(rows: Path, output: Path) -> No
 def test_settings_that_differ_are_refused(rows: Path, output: Path) -> None:
     run_job(rows, output)
     before = output.read_bytes()
+    manifest_path(output).write_text("{")
+    with pytest.raises(OutputError, match=r"manifest\.json is not a manifest of this command"):
+        run_job(rows, output)
+    run_job(rows, output, force=True)
     other = replace(MANIFEST, answers={**MANIFEST.answers, "dtype": "bfloat16"})
     with pytest.raises(OutputError, match="dtype was 'float32', now 'bfloat16'"):
         run_job(rows, output, manifest=other)

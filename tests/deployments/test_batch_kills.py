@@ -1,6 +1,7 @@
 """SIGKILL of the driver, a worker or an engine: each id has one answer, the undisturbed one."""
 
 import random
+import signal
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from magicdec.deployments.batch_bodies import MAX_CHOICES, parse_body, requests_of
 from magicdec.deployments.batch_row import row_seed
 from magicdec.deployments.batch_sources import JsonLines
+from magicdec.deployments.command_errors import INTERRUPTED
 from magicdec.deployments.engine_builder import build_engine
 from magicdec.deployments.prompts import PromptBuilder
 from magicdec.deployments.settings import ServeSettings
@@ -123,6 +125,26 @@ def test_three_kills_of_one_job_leave_each_id_with_its_answer(
     tmp_path: Path, tiny_model_dir: Path
 ) -> None:
     kill_and_resume(tmp_path, tiny_model_dir, num_rows=36, seeds=range(3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_job_ends_in_order_and_is_gone_on_with(
+    tmp_path: Path, tiny_model_dir: Path, number: signal.Signals
+) -> None:
+    settings = tiny_settings(tiny_model_dir, max_num_seqs=MAX_NUM_SEQS)
+    config = write_settings(tmp_path / "settings.yaml", settings)
+    rows, output = make_rows(tmp_path / "in.jsonl", 30), tmp_path / "out.jsonl"
+    job = start_job(rows, output, "--config", str(config))
+    job.wait_for_lines(3)
+    job.process.send_signal(number)
+    code, said = job.finish()
+    assert code == INTERRUPTED, said
+    assert "Run the same command again to go on" in said and "Traceback" not in said
+    assert 3 <= job.num_lines() < 30
+    code, said = start_job(rows, output, "--config", str(config)).finish()
+    assert code == 0, said
+    assert answers(output) == undisturbed(rows, settings)
 
 
 @pytest.mark.slow
