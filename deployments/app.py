@@ -17,6 +17,7 @@ from magicdec.deployments.watched_router import WatchedRouter
 
 APP_NAME = "magicdec"
 REPLICA_DEPLOYMENT = "EngineReplica"
+ROUTER_DEPLOYMENT = "Router"
 
 # The router queues by KV tokens and bounds the queue: Serve's own limits stay out of it.
 UNLIMITED_REQUESTS = 1_000_000
@@ -29,12 +30,22 @@ _QUIET = LoggingConfig(enable_access_log=False, log_level="WARNING")
 
 def build(settings: ServeSettings) -> Application:
     """Ingress -> Router and EngineReplica; the replicas report to the router."""
+    router, replicas = _engines(settings)
+    return _ingress(settings).bind(settings, router, replicas)
+
+
+def build_engines(settings: ServeSettings) -> Application:
+    """The same without HTTP: for a job that asks router and replicas itself."""
+    return _engines(settings)[1]
+
+
+def _engines(settings: ServeSettings) -> tuple[Application, Application]:
+    """Router and replicas."""
     name = settings.model.name
     router = _router().bind(settings.admission_config(), name)
-    replicas = _replicas(settings).bind(
-        settings.engine_config(), router, name, settings.server.drain_file
-    )
-    return _ingress(settings).bind(settings, router, replicas)
+    drain_file = settings.server.drain_file
+    replicas = _replicas(settings).bind(settings.engine_config(), router, name, drain_file)
+    return router, replicas
 
 
 def app_builder(args: dict[str, Any]) -> Application:
@@ -45,7 +56,7 @@ def app_builder(args: dict[str, Any]) -> Application:
 def _router() -> Deployment:
     """One replica: it is the only place that sees every assignment."""
     configure = serve.deployment(
-        name="Router",
+        name=ROUTER_DEPLOYMENT,
         num_replicas=1,
         ray_actor_options={"num_cpus": 0.1},
         max_ongoing_requests=UNLIMITED_REQUESTS,

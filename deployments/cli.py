@@ -1,4 +1,4 @@
-"""The command line: `magicdec serve | generate | models | plan | bench | simulate | dashboards`."""
+"""The command line: `magicdec serve | generate | batch | plan | bench | simulate` and so on."""
 
 import sys
 from pathlib import Path
@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from magicdec.deployments import cli_options as flag
+from magicdec.deployments.batch_cli import batch
 from magicdec.deployments.bench_cli import bench
 from magicdec.deployments.command_errors import one_line_errors
 from magicdec.deployments.dashboards_cli import dashboards
@@ -27,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.add_typer(batch, name="batch")
 app.command()(plan)
 app.command()(bench)
 app.command()(simulate)

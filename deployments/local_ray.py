@@ -33,15 +33,22 @@ def start_local_ray(server: ServerSettings, *, show_worker_logs: bool) -> None:
     Raises SettingsError when the port is taken.
     """
     check_port(server.host, server.port)
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    import ray
+    init_local_ray(show_worker_logs=show_worker_logs)
     from ray import serve
     from ray.serve.config import HTTPOptions
 
+    http = HTTPOptions(host=server.host, port=server.port)
+    serve.start(proxy_location=PROXY_HEAD_ONLY, http_options=http)
+
+
+def init_local_ray(*, show_worker_logs: bool) -> None:
+    """The cluster alone. It ends with this process, however that ends."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import ray
+
     if not show_worker_logs:
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        logging.getLogger(AUTHENTICATION_LOGGER).setLevel(logging.ERROR)
+        quiet_loggers()
     ray.init(
         address="local",
         include_dashboard=False,
@@ -49,8 +56,14 @@ def start_local_ray(server: ServerSettings, *, show_worker_logs: bool) -> None:
         log_to_driver=show_worker_logs,
         logging_level=logging.WARNING,
     )
-    http = HTTPOptions(host=server.host, port=server.port)
-    serve.start(proxy_location=PROXY_HEAD_ONLY, http_options=http)
+
+
+def quiet_loggers() -> None:
+    """Of Ray's Python side, warnings alone; after its import, which sets the level of Serve's."""
+    import ray.serve
+
+    logging.getLogger(ray.serve.__name__).setLevel(logging.WARNING)
+    logging.getLogger(AUTHENTICATION_LOGGER).setLevel(logging.ERROR)
 
 
 def check_port(host: str, port: int) -> None:

@@ -15,7 +15,7 @@ from magicdec.deployments.embedded_model import (
 from magicdec.deployments.engine_settings import SpeculationSettings
 from magicdec.deployments.local_ray import check_port, start_local_ray
 from magicdec.deployments.replica_api import ReplicaDescription
-from magicdec.deployments.settings import ServeSettings, StartFailed
+from magicdec.deployments.settings import ServeSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +70,9 @@ def start(settings: ServeSettings, *, show_worker_logs: bool) -> Server:
     from ray import serve as ray_serve
 
     from magicdec.deployments.app import APP_NAME, REPLICA_DEPLOYMENT, build
+    from magicdec.deployments.app_start import run_application
 
-    try:
-        ray_serve.run(build(settings), name=APP_NAME, route_prefix="/")
-    except RuntimeError as error:  # Serve gave up: the reason is in the deployment's status
-        raise StartFailed(_failure() or str(error)) from error
+    run_application(build(settings), APP_NAME, "/")
     replicas = ray_serve.get_deployment_handle(REPLICA_DEPLOYMENT, APP_NAME)
     replica: ReplicaDescription = replicas.describe.remote().result(timeout_s=30)
     return Server(f"http://{settings.server.host}:{settings.server.port}", replica)
@@ -128,17 +126,3 @@ def _stop_on_signals() -> threading.Event:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
     return stopped
-
-
-def _failure() -> str | None:
-    """The last line of the message of the deployment that did not start."""
-    from ray import serve as ray_serve
-
-    from magicdec.deployments.app import APP_NAME
-
-    application = ray_serve.status().applications.get(APP_NAME)
-    if application is None:
-        return None
-    messages = [d.message for d in application.deployments.values() if d.message]
-    lines = [line.strip() for m in messages for line in m.splitlines() if line.strip()]
-    return lines[-1] if lines else application.message or None

@@ -1,0 +1,193 @@
+"""A batch of long documents: the adaptive draft against fixed ones and plain decoding.
+
+    python -m tests.benchmarks.bench_batch --corpus documents.jsonl.zst [--documents 60]
+
+`--corpus`: a JSON object a line with a `text`. Every document is cut to a length of 500 to 7,000
+tokens, seeded. Each arm is the whole command's path (Ray Data, router, engine) over a fresh engine
+without a prefix cache. It runs the batch for one token each, twice, and then for all of them: the
+second run is the time of the prefill. The decode rate is the other tokens over the difference of
+the times; the total rate counts all tokens and all of the time of the last run. Arms run in turn,
+so a machine that slows down is not told from a slow arm: `--repetitions` runs them all again.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from magicdec.deployments.batch_answered import AnsweredIndex
+from magicdec.deployments.batch_dataset import outcomes
+from magicdec.deployments.batch_engines import ray_cluster
+from magicdec.deployments.batch_files import opened
+from magicdec.deployments.batch_job import JobRules
+from magicdec.deployments.batch_job import opened as opened_job
+from magicdec.deployments.batch_manifest import Manifest
+from magicdec.deployments.batch_outcome import Outcome
+from magicdec.deployments.batch_progress import Figures, ProgressView
+from magicdec.deployments.batch_row import COMPLETIONS_URL, RowDefaults
+from magicdec.deployments.batch_sources import JsonLines
+from magicdec.deployments.batch_stages import engine_stages
+from magicdec.deployments.embedded_model import EMBEDDED_MODEL_NAME, resolve_model
+from magicdec.deployments.settings import ServeSettings, load_settings
+from magicdec.model_loader import load_tokenizer
+from tests.benchmarks.bench_acceptance import machine_name
+
+SHORTEST, LONGEST = 500, 7000  # tokens of a document
+ADAPTIVE, PLAIN = "adaptive", "plain"
+FIXED = {f"{n} x {b}": (n, b) for n, b in ((2, 512), (4, 512), (6, 512), (4, 256), (4, 1024))}
+APP_NAME = "magicdec-bench-batch"
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One arm, once. Tokens a second."""
+
+    decode_rate: float
+    total_rate: float
+    mean_acceptance_length: float | None
+
+
+def main() -> None:
+    args = parse_arguments()
+    print(f"{machine_name()}, {args.model} {args.dtype}, {args.documents} documents")
+    prompts = cut_documents(args)
+    arms = args.arms or [PLAIN, *FIXED, ADAPTIVE]
+    found: dict[str, list[Measured]] = {arm: [] for arm in arms}
+    with ray_cluster(None, show_worker_logs=False), tempfile.TemporaryDirectory() as folder:
+        for _ in range(args.repetitions):
+            for arm in arms:
+                measured = measure(arm, prompts, Path(folder), args)
+                found[arm].append(measured)
+                print(f"{arm:>10}: decode {measured.decode_rate:7.1f} tokens/s, "
+                      f"all {measured.total_rate:7.1f} tokens/s", flush=True)  # fmt: skip
+    report(found)
+
+
+def cut_documents(args: argparse.Namespace) -> list[list[int]]:
+    """Token ids. Raises SystemExit where the corpus is too small."""
+    tokenizer = load_tokenizer(resolve_model(args.model))
+    chooser = random.Random(args.seed)
+    prompts: list[list[int]] = []
+    with opened(args.corpus) as file:
+        texts = [json.loads(line)["text"] for line in file]
+    for number in range(args.documents):
+        text = texts[number % len(texts)]
+        length = chooser.randint(args.shortest, args.longest)
+        start = chooser.randrange(max(1, len(text) - 8 * length))
+        ids = tokenizer(text[start : start + 8 * length])["input_ids"][:length]
+        if len(ids) < min(length, args.shortest):
+            raise SystemExit(f"document {number} of {args.corpus} has {len(ids)} tokens: too few")
+        prompts.append(list(ids))
+    return prompts
+
+
+def measure(arm: str, prompts: list[list[int]], folder: Path, args: argparse.Namespace) -> Measured:
+    settings = arm_settings(arm, args)
+    with engine_stages(settings, APP_NAME, max_live_rows=None, patience_s=600.0) as (many, one):
+
+        def run(num_tokens: int) -> Figures:
+            source = JsonLines(str(write_rows(folder / "in.jsonl", prompts, num_tokens, args)))
+            defaults = RowDefaults((settings.model.name,))
+
+            def answerer(answered: AnsweredIndex, alone: bool) -> Iterator[Outcome]:
+                return outcomes(source, defaults, answered, one if alone else many)
+
+            output, console = folder / f"out-{num_tokens}.jsonl", Console(stderr=True)
+            output.unlink(missing_ok=True)
+            rules = JobRules(force=True)
+            with opened_job(source, output, defaults, Manifest({}, {}), rules) as job:
+                job.check(None, lambda: None)
+                figures = job.prepare()
+                with ProgressView(console, figures) as view:
+                    job.run(answerer, view, figures)
+            return figures
+
+        run(1)  # a first job finds processes and pages cold
+        prefill, whole = run(1), run(args.tokens)
+    seconds = whole.seconds - prefill.seconds
+    if seconds <= 0:
+        raise SystemExit(f"{arm}: decoding took no time beside the prefill: the batch is too small")
+    return Measured(
+        (whole.completion_tokens - prefill.completion_tokens) / seconds,
+        (whole.prompt_tokens + whole.completion_tokens) / whole.seconds,
+        whole.mean_acceptance_length,
+    )
+
+
+def arm_settings(arm: str, args: argparse.Namespace) -> ServeSettings:
+    speculation: dict[str, Any] = {}
+    if arm == PLAIN:
+        speculation = {"draft_length": 0}
+    elif arm != ADAPTIVE:
+        length, budget = FIXED[arm]
+        speculation = {"drafter": "recycled", "draft_length": length, "draft_budget": budget}
+    return load_settings(
+        None,
+        {
+            "model": {"path": args.model, "dtype": args.dtype},
+            "cache": {"prefix_caching": False, "kv_cache_gib": args.kv_cache_gib},
+            "speculation": speculation,
+        },
+    )
+
+
+def write_rows(
+    path: Path, prompts: list[list[int]], num_tokens: int, args: argparse.Namespace
+) -> Path:
+    with path.open("w", encoding="utf-8") as file:
+        for number, ids in enumerate(prompts):
+            body = {
+                "prompt": ids,
+                "max_tokens": num_tokens,
+                "ignore_eos": True,
+                "temperature": args.temperature,
+                "seed": number,
+            }
+            row = {"custom_id": str(number), "url": COMPLETIONS_URL, "body": body}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def report(found: dict[str, list[Measured]]) -> None:
+    decode = {arm: statistics.median(m.decode_rate for m in runs) for arm, runs in found.items()}
+    print(
+        "\n| draft | decode, tokens/s | all, tokens/s | tokens a round |\n| --- | --: | --: | --: |"
+    )
+    for arm, runs in found.items():
+        total = statistics.median(m.total_rate for m in runs)
+        length = runs[-1].mean_acceptance_length
+        shown = "-" if length is None else f"{length:.2f}"
+        print(f"| {arm} | {decode[arm]:.1f} | {total:.1f} | {shown} |")
+    best = max((rate for arm, rate in decode.items() if arm != ADAPTIVE), default=None)
+    if ADAPTIVE in decode and best is not None:
+        print(f"\nadaptive over the best fixed: {decode[ADAPTIVE] / best:.3f}")
+    if ADAPTIVE in decode and PLAIN in decode:
+        print(f"adaptive over plain: {decode[ADAPTIVE] / decode[PLAIN]:.3f}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--corpus", required=True)
+    parser.add_argument("--documents", type=int, default=60)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--shortest", type=int, default=SHORTEST)
+    parser.add_argument("--longest", type=int, default=LONGEST)
+    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--model", default=EMBEDDED_MODEL_NAME)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--kv-cache-gib", type=float, default=4.0)
+    parser.add_argument("--arms", nargs="+", choices=[PLAIN, *FIXED, ADAPTIVE])
+    parser.add_argument("--repetitions", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
