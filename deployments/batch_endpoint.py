@@ -1,22 +1,18 @@
 """The stage of Ray Data that has rows answered by a running server, and what that server serves."""
 
 import asyncio
-import logging
-import pickle
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
 
-from magicdec.deployments.batch_outcome import Outcome, failed
+from magicdec.deployments.batch_outcome import Outcome, answer_item, failed
 from magicdec.deployments.batch_output import RowResult
 from magicdec.deployments.batch_row import BatchRow, RowDefaults, row_seed
-from magicdec.deployments.errors import ApiError, from_request_error, internal
+from magicdec.deployments.errors import ApiError, from_request_error
 from magicdec.deployments.settings import SettingsError
 from magicdec.types import RequestError
-
-logger = logging.getLogger(__name__)
 
 TRY_AGAIN = (429, 502, 503, 504)
 FIRST_PAUSE_S = 1.0
@@ -81,15 +77,8 @@ class EndpointCaller:
         )
 
     async def __call__(self, item: dict[str, Any]) -> dict[str, bytes]:
-        """Ray Data's hook: a row in, its outcome out. Raises nothing: a row fails alone."""
-        row: BatchRow = pickle.loads(item["row"])
-        key = row.key(self._defaults)
-        try:
-            outcome = await self._outcome(row, key)
-        except Exception:
-            logger.exception("%s failed", row.place)
-            outcome = Outcome(failed(row, key, internal()))
-        return {"outcome": pickle.dumps(outcome)}
+        """See answer_item."""
+        return await answer_item(item, self._defaults, self._outcome)
 
     async def _outcome(self, row: BatchRow, key: str) -> Outcome:
         if row.body.get("stream"):

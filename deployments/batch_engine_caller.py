@@ -1,8 +1,6 @@
 """The stage of Ray Data that has rows answered by the engines of this job's own application."""
 
 import asyncio
-import logging
-import pickle
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +10,7 @@ from ray import serve
 
 from magicdec.config import SpeculativeConfig
 from magicdec.deployments.batch_bodies import MAX_CHOICES, parse_body, requests_of
-from magicdec.deployments.batch_outcome import Outcome, failed
+from magicdec.deployments.batch_outcome import Outcome, answer_item, failed
 from magicdec.deployments.batch_output import RowResult
 from magicdec.deployments.batch_row import BatchRow, RowDefaults, row_seed
 from magicdec.deployments.dispatch import Dispatcher
@@ -21,7 +19,6 @@ from magicdec.deployments.errors import (
     ApiError,
     from_request_error,
     from_validation_error,
-    internal,
 )
 from magicdec.deployments.prompts import PromptBuilder
 from magicdec.deployments.protocol import ChatCompletionRequest, GenerationBody
@@ -29,8 +26,6 @@ from magicdec.deployments.responses import ResponseFormat, add_usages
 from magicdec.deployments.streaming import Choices, collect
 from magicdec.model_loader import load_tokenizer
 from magicdec.types import Request, RequestError
-
-logger = logging.getLogger(__name__)
 
 CLIENT = "batch"
 REPLICA_WAIT_S = 60.0  # of one try
@@ -74,15 +69,8 @@ class EngineCaller:
         )
 
     async def __call__(self, item: dict[str, Any]) -> dict[str, bytes]:
-        """Ray Data's hook: a row in, its outcome out. Raises nothing: a row fails alone."""
-        row: BatchRow = pickle.loads(item["row"])
-        key = row.key(self._defaults)
-        try:
-            outcome = await self._outcome(row, key)
-        except Exception:
-            logger.exception("%s failed", row.place)
-            outcome = Outcome(failed(row, key, internal()))
-        return {"outcome": pickle.dumps(outcome)}
+        """See answer_item."""
+        return await answer_item(item, self._defaults, self._outcome)
 
     async def _outcome(self, row: BatchRow, key: str) -> Outcome:
         give_up = time.monotonic() + self._target.patience_s

@@ -1,10 +1,16 @@
 """What comes back of a row: a line for the output, or why there is none yet."""
 
+import logging
+import pickle
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Any
 
 from magicdec.deployments.batch_output import RowResult
-from magicdec.deployments.batch_row import BatchRow
-from magicdec.deployments.errors import ApiError
+from magicdec.deployments.batch_row import BatchRow, RowDefaults
+from magicdec.deployments.errors import ApiError, internal
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +22,22 @@ class Outcome:
     result: RowResult | None
     is_suspect: bool = False
     unreachable: str | None = None
+
+
+async def answer_item(
+    item: dict[str, Any],
+    defaults: RowDefaults,
+    answer: Callable[[BatchRow, str], Awaitable[Outcome]],  # of a row and its key
+) -> dict[str, bytes]:
+    """Ray Data's hook: a row in, its outcome out. Raises nothing: a row fails alone."""
+    row: BatchRow = pickle.loads(item["row"])
+    key = row.key(defaults)
+    try:
+        outcome = await answer(row, key)
+    except Exception:
+        logger.exception("%s failed", row.place)
+        outcome = Outcome(failed(row, key, internal()))
+    return {"outcome": pickle.dumps(outcome)}
 
 
 def failed(row: BatchRow, key: str, error: ApiError) -> RowResult:

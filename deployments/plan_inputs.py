@@ -128,10 +128,11 @@ def read_device(
     where not given. Raises ConfigError.
     """
     scales = {"bandwidth": 1e9, "flops": 1e12, "memory": 1e9, "overhead_ms": 1e-3}
+    units = {"bandwidth": "GB/s", "flops": "TFLOP/s", "memory": "GB", "overhead_ms": "ms"}
     for name, value in figures.items():
         if value is not None and not (0.0 if name == "overhead_ms" else 1e-9) <= value < 1e9:
             least = "at least 0" if name == "overhead_ms" else "above 0"
-            raise ConfigError(f"{name} must be {least} and finite, got {value}")
+            raise ConfigError(f"{name} must be {least} and below 1e9 {units[name]}, got {value:g}")
     given = {name: value * scales[name] for name, value in figures.items() if value is not None}
     rates = {name: given[name] for name in ("bandwidth", "flops", "memory") if name in given}
     if is_this_machine(gpu, figures):

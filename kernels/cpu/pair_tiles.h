@@ -42,7 +42,7 @@ inline __m512bh rounded_weights(const float* weights) {
 }
 
 // scores[r] = queries[r] . keys, rows one after the other. Nothing is prefetched between products:
-// the bookkeeping takes as long as they do.
+// the branch that knows when to stop has the compiler keep sums in memory.
 template <int kRows>
 void score_pairs(const uint32_t* queries, const float* keys, int64_t num_words, float scaling,
                  float* scores) {
