@@ -9,9 +9,7 @@ from unittest import mock
 
 from ray import serve
 from ray.serve.config import RequestRouterConfig
-from ray.serve.handle import DeploymentHandle
 
-from magicdec.config import EngineConfig
 from magicdec.deployments import app
 from magicdec.deployments.replica import EngineReplica
 from magicdec.deployments.replica_api import Admitted
@@ -40,10 +38,9 @@ class UndecidedRouter(WatchedRouter):
 class ObservedReplica(EngineReplica):
     """Notes when each request reached it, by seed: which of the client's requests it is."""
 
-    def __init__(
-        self, config: EngineConfig, router: DeploymentHandle[Any], model_name: str
-    ) -> None:
-        super().__init__(config, router, model_name)
+    def __init__(self, *bound: Any) -> None:
+        """As the application binds EngineReplica."""
+        super().__init__(*bound)
         self._arrivals: dict[int, float] = {}
 
     async def generate(
