@@ -47,7 +47,7 @@ class CpuElementwise:
     """
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+        self.device, self.dtype = torch.device("cpu"), dtype
         self._norm, self._rotate, self._gate = {
             torch.float32: (
                 library.rms_norm_float32,

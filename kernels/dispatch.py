@@ -4,21 +4,23 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from magicdec.kernels import paged_attention, reference, selection, sparse_attention
+from magicdec.kernels import kv_store, paged_attention, reference, selection, sparse_attention
 from magicdec.kernels.compiled import compiled_library
 from magicdec.kernels.cpu_attention import CpuAttention
 from magicdec.kernels.cpu_attention_mass import CpuAttentionMass
+from magicdec.kernels.cpu_elementwise import CpuElementwise
 from magicdec.kernels.cpu_gumbel import CpuGumbelArgmax
 from magicdec.kernels.cpu_largest import CpuLargest
 from magicdec.kernels.gumbel import Draw, gumbel_argmax
-from magicdec.kernels.paged_layout import PagedLayout
+from magicdec.kernels.paged_layout import DeviceLayout, PagedLayout
 from magicdec.kernels.selection import LargestIndices
-from magicdec.kernels.sparse_attention import CopiedView, MakeView
+from magicdec.kernels.sparse_attention import CopiedView, MakeDeviceView, MakeView
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +50,49 @@ class PagedAttentionKernel(Protocol):
     ) -> torch.Tensor: ...
 
 
+class PagedOnDevice(Protocol):
+    """A PagedAttentionKernel that reads nothing on the host: it may be part of a graph."""
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        layout: DeviceLayout,
+        scaling: float,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor: ...
+
+
+class StoreKv(Protocol):
+    def __call__(
+        self,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None: ...
+
+
+class Elementwise(Protocol):
+    """What stands between linears, of tensors of one device and dtype."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def rms_norm(
+        self, rows: torch.Tensor, weight: torch.Tensor, epsilon: float
+    ) -> torch.Tensor: ...
+
+    def rotate(
+        self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_heads: int
+    ) -> torch.Tensor: ...
+
+    def silu_product(self, rows: torch.Tensor) -> torch.Tensor: ...
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionBackend:
     """The attentions of a round, over pages and over the draft's view of them; and its mass, whose
@@ -58,6 +103,9 @@ class AttentionBackend:
     view: MakeView
     mass: AttentionMass = selection.attention_mass
     largest: LargestIndices = selection.largest_indices
+    store: StoreKv = kv_store.store_kv
+    paged_on_device: PagedOnDevice | None = None
+    view_on_device: MakeDeviceView | None = None
 
 
 REFERENCE = AttentionBackend(
@@ -73,8 +121,10 @@ TORCH_FLASH_CPU = AttentionBackend(
 def select_backend(device: torch.device, dtype: torch.dtype) -> AttentionBackend:
     """The fastest backend whose result on a small case agrees with the reference."""
     candidates = [*_compiled(), TORCH_FLASH_CPU] if device.type == "cpu" else []
+    if _has_triton(device):
+        candidates = [triton_backend()]
     for backend in candidates:
-        difference = _probe(backend, dtype)
+        difference = _probe(backend, device, dtype)
         if difference < 0.05:
             logger.info("attention backend: %s", backend.name)
             return backend
@@ -87,8 +137,24 @@ def select_gumbel_argmax(
     device: torch.device,
 ) -> Callable[[torch.Tensor, Sequence[Draw | None]], list[int]]:
     """Which code chooses tokens; the choice is the same by either."""
+    if _has_triton(device):
+        from magicdec.kernels import triton_gumbel
+
+        return triton_gumbel.gumbel_argmax
     library = compiled_library() if device.type == "cpu" else None
     return gumbel_argmax if library is None else CpuGumbelArgmax(library)
+
+
+def select_elementwise(device: torch.device, dtype: torch.dtype) -> Elementwise | None:
+    """None: nothing can be compiled here, or not for that dtype."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return None
+    if _has_triton(device):
+        from magicdec.kernels.triton_steps import TritonElementwise
+
+        return TritonElementwise(device, dtype)
+    library = compiled_library() if device.type == "cpu" else None
+    return None if library is None else CpuElementwise(library, dtype)
 
 
 def _compiled() -> list[AttentionBackend]:
@@ -100,11 +166,31 @@ def _compiled() -> list[AttentionBackend]:
     return [AttentionBackend("compiled-cpu", attention.paged, attention.view, mass, largest)]
 
 
-def _probe(backend: AttentionBackend, dtype: torch.dtype) -> float:
+def _has_triton(device: torch.device) -> bool:
+    """It comes with builds of torch for GPUs, so what imports it is imported where it is used."""
+    return device.type == "cuda" and find_spec("triton") is not None
+
+
+def triton_backend() -> AttentionBackend:
+    """On a GPU; where kernels are interpreted, on a CPU too. Raises ImportError without triton."""
+    from magicdec.kernels import triton_attention, triton_mass, triton_steps, triton_view
+
+    return AttentionBackend(
+        "triton",
+        triton_attention.paged_attention,
+        triton_view.make_view,
+        triton_mass.attention_mass,
+        store=triton_steps.store_kv,
+        paged_on_device=triton_attention.attend_on_device,
+        view_on_device=triton_view.ListedView,
+    )
+
+
+def _probe(backend: AttentionBackend, device: torch.device, dtype: torch.dtype) -> float:
     """Largest difference from the reference: 3 rows over 600 keys, 2 KV heads of 3 queries each."""
     generator = torch.Generator().manual_seed(0)
-    query = torch.randn(6, 3, 64, generator=generator).to(dtype)
-    cache = torch.randn(2, 2, 640, 64, generator=generator).to(dtype)
+    query = torch.randn(6, 3, 64, generator=generator).to(device, dtype)
+    cache = torch.randn(2, 2, 640, 64, generator=generator).to(device, dtype)
     layout = PagedLayout((3,), (597,), (np.arange(10),), 64)
     try:
         out = backend.paged(query, cache[0], cache[1], layout, 0.125)

@@ -10,6 +10,6 @@ def store_kv(
     value: torch.Tensor,
     slot_mapping: torch.Tensor,  # [num_rows]
 ) -> None:
-    """Row i goes to slot_mapping[i]; what was there is overwritten."""
-    k_cache.index_copy_(1, slot_mapping, key)
-    v_cache.index_copy_(1, slot_mapping, value)
+    """Row i goes to slot_mapping[i]; what was there is lost. Rows may be wider than pages."""
+    k_cache.index_copy_(1, slot_mapping, key.to(k_cache.dtype))
+    v_cache.index_copy_(1, slot_mapping, value.to(v_cache.dtype))

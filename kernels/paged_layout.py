@@ -8,6 +8,23 @@ from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceLayout:
+    """A PagedLayout as a kernel on a device reads it: int32, tables padded to the longest."""
+
+    row_starts: torch.Tensor  # [batch]
+    query_lens: torch.Tensor
+    context_lens: torch.Tensor
+    block_tables: torch.Tensor  # [batch, longest]
+    short: torch.Tensor  # sequences of few rows, the others, and the packed rows of the former
+    long: torch.Tensor
+    short_rows: torch.Tensor
+    most_rows: int  # of a short sequence, and of a long one
+    most_long_rows: int
+    most_keys: int  # of a short sequence
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True)
 class PagedLayout:
     """A packed batch over paged K/V.
 
@@ -24,6 +41,7 @@ class PagedLayout:
     block_size: int
     _masks: dict[tuple[int, int, int, int], torch.Tensor] = field(default_factory=dict)
     _packed: dict[int, tuple[NDArray[np.int64], ...]] = field(default_factory=dict)
+    _on_device: dict[tuple[torch.device, int], DeviceLayout] = field(default_factory=dict)
 
     def slots(self, sequence: int, start: int, stop: int) -> NDArray[np.int64]:
         """Slots of positions start..stop-1 of a sequence."""
@@ -55,6 +73,47 @@ class PagedLayout:
                 np.cumsum(lengths) - lengths,
             )
         return self._packed[most_rows]
+
+    def on_device(self, device: torch.device, few_rows: int) -> DeviceLayout:
+        """Copied once a step, all of it at once. A short sequence has at most `few_rows`."""
+        key = (device, few_rows)
+        if key not in self._on_device:
+            self._on_device[key] = self._copy(device, few_rows)
+        return self._on_device[key]
+
+    def _copy(self, device: torch.device, few_rows: int) -> DeviceLayout:
+        query_lens = np.array(self.query_lens, dtype=np.int32)
+        context_lens = np.array(self.context_lens, dtype=np.int32)
+        row_starts = np.cumsum(query_lens, dtype=np.int32) - query_lens
+        is_short = query_lens <= few_rows
+        longest = max((len(table) for table in self.block_tables), default=0)
+        tables = np.zeros((len(query_lens), longest), dtype=np.int32)
+        for i, table in enumerate(self.block_tables):
+            tables[i, : len(table)] = table
+        arrays = (
+            row_starts,
+            query_lens,
+            context_lens,
+            tables.reshape(-1),
+            np.flatnonzero(is_short),
+            np.flatnonzero(~is_short),
+            np.flatnonzero(np.repeat(is_short, query_lens)),
+        )
+        whole = torch.from_numpy(np.concatenate(arrays).astype(np.int32)).to(device)
+        parts = whole.split_with_sizes([len(array) for array in arrays])
+        return DeviceLayout(
+            row_starts=parts[0],
+            query_lens=parts[1],
+            context_lens=parts[2],
+            block_tables=parts[3].view(len(query_lens), longest),
+            short=parts[4],
+            long=parts[5],
+            short_rows=parts[6],
+            most_rows=int(query_lens[is_short].max(initial=0)),
+            most_long_rows=int(query_lens[~is_short].max(initial=0)),
+            most_keys=int((query_lens + context_lens)[is_short].max(initial=0)),
+            block_size=self.block_size,
+        )
 
     def runs(self, sequence: int, stop: int) -> list[tuple[int, int]]:
         """Maximal spans (first slot, length) of consecutive slots that hold positions 0..stop-1."""

@@ -38,6 +38,34 @@ class MakeView(Protocol):
     ) -> DraftView: ...
 
 
+class DeviceView(Protocol):
+    """A DraftView whose step is known on the device alone: its attention may be part of a graph."""
+
+    @property
+    def static(self) -> list[torch.Tensor]:
+        """What it holds beside pages and slots."""
+        ...
+
+    def attend_at(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        step: torch.Tensor,  # int32 [1]; columns after the step's are hidden, whatever the mask
+        mask: torch.Tensor,
+        scaling: float,
+        softcap: float | None = None,
+    ) -> torch.Tensor: ...
+
+
+class MakeDeviceView(Protocol):
+    """The slots are read when the view attends."""
+
+    def __call__(
+        self, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor, num_own: int
+    ) -> DeviceView: ...
+
+
 class GatheredAttention(Protocol):
     def __call__(
         self,

@@ -9,7 +9,6 @@ from torch import nn
 from transformers import AttentionInterface
 
 from magicdec.kernels.dispatch import AttentionBackend
-from magicdec.kernels.kv_store import store_kv
 from magicdec.kernels.paged_layout import PagedLayout
 from magicdec.kv_cache import PagedKVCache
 
@@ -132,8 +131,7 @@ class PagedAttention:
         softcap: float | None,
     ) -> torch.Tensor:
         k_cache, v_cache = self._cache.k[layer], self._cache.v[layer]
-        dtype = k_cache.dtype  # the module may compute wider than the cache
-        store_kv(k_cache, v_cache, key.to(dtype), value.to(dtype), self._slot_mapping)
+        self._backend.store(k_cache, v_cache, key, value, self._slot_mapping)
         output = self._backend.paged(
             query, k_cache, v_cache, self._layout, scaling, sliding_window, softcap
         )

@@ -34,19 +34,13 @@ def weight_element_bytes(dtype: str, device: torch.device) -> int:
     return (torch.bfloat16 if packed else compute_dtype(dtype, device)).itemsize
 
 
-def fusing_library(dtype: str, device: torch.device) -> ctypes.CDLL | None:
-    """What takes the place of small steps between linears: of bfloat16 models on a CPU, since fp32
-    ones give transformers' own tokens. None elsewhere, and where nothing can be compiled."""
-    return compiled_library() if device.type == "cpu" and dtype == "bfloat16" else None
-
-
 def packing_library(dtype: str, device: torch.device) -> ctypes.CDLL | None:
     """What multiplies rows with packed bf16 weights, where a bfloat16 model is computed so: fp32
     rows, or bf16 ones where the processor multiplies pairs of them and has no matrix units.
 
     None: torch's linears serve, in fp32 where nothing can be compiled.
     """
-    library = fusing_library(dtype, device)
+    library = compiled_library() if device.type == "cpu" and dtype == "bfloat16" else None
     if library is None or compute_dtype(dtype, device) is torch.float32:
         return library
     return library if library.multiplies_pairs() else None

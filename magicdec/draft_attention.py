@@ -45,9 +45,16 @@ class _View:
     """One layer's columns."""
 
     slots: torch.Tensor  # [num_kv_heads, batch, num_columns - draft_length]
-    kernel: DraftView
     num_selected: tuple[int, ...]  # of each sequence, in this layer
     window: _Window
+
+
+@dataclass(frozen=True, slots=True)
+class DraftColumns:
+    """What one layer's step reads."""
+
+    slots: torch.Tensor  # [num_kv_heads, batch, num_columns - draft_length]
+    mask: torch.Tensor  # additive [batch, num_columns]
 
 
 class DraftAttention:
@@ -77,6 +84,7 @@ class DraftAttention:
         self._windows: dict[tuple[bool, int | None], _Window] = {}
         self._columns: dict[tuple[bool, int | None, int], _Columns] = {}
         self._views: dict[int, _View] = {}
+        self._kernels: dict[int, DraftView] = {}
         self._masks: dict[tuple[int, int, tuple[int, ...]], torch.Tensor] = {}
         self._step = -1
         self._device = cache.k[0].device
@@ -100,15 +108,25 @@ class DraftAttention:
         softcap: float | None,
     ) -> torch.Tensor:
         """See AttentionContext."""
-        if layer not in self._views:
-            self._views[layer] = self._view(layer, sliding_window)
-        view = self._views[layer]
+        view = self._view(layer, sliding_window)
+        if layer not in self._kernels:
+            pages = self._cache.k[layer], self._cache.v[layer]
+            self._kernels[layer] = self._backend.view(*pages, view.slots, self._draft_length)
         mask = self._mask(view)
-        return view.kernel.attend(query, key, value, self._step, mask, scaling, softcap)
+        return self._kernels[layer].attend(query, key, value, self._step, mask, scaling, softcap)
+
+    def columns(self, layer: int) -> DraftColumns:
+        """Of a layer without a window, for whoever attends elsewhere."""
+        view = self._view(layer, None)
+        return DraftColumns(view.slots, self._mask(view))
 
     def _view(self, layer: int, sliding_window: int | None) -> _View:
-        k_cache, v_cache = self._cache.k[layer], self._cache.v[layer]
-        key = (self._is_first(layer), sliding_window, k_cache.shape[0])
+        if layer not in self._views:
+            self._views[layer] = self._new_view(layer, sliding_window)
+        return self._views[layer]
+
+    def _new_view(self, layer: int, sliding_window: int | None) -> _View:
+        key = (self._is_first(layer), sliding_window, self._cache.k[layer].shape[0])
         if key not in self._columns:
             self._columns[key] = self._gather(layer, sliding_window)
         columns = self._columns[key]
@@ -117,9 +135,7 @@ class DraftAttention:
             min(limit, s.positions[layer].shape[1]) if limit and s is not None else 0
             for s, limit in zip(self._selections, columns.window.num_selected, strict=True)
         )
-        slots = columns.slots[index]
-        kernel = self._backend.view(k_cache, v_cache, slots, self._draft_length)
-        return _View(slots, kernel, counts, columns.window)
+        return _View(columns.slots[index], counts, columns.window)
 
     def _gather(self, layer: int, sliding_window: int | None) -> _Columns:
         """For all layers alike at once: layer by layer it would take as long as a draft step."""

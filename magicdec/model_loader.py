@@ -25,10 +25,11 @@ from magicdec.attention import (
     UnsupportedModel,
     register_attention,
 )
-from magicdec.compute_dtype import compute_dtype, fusing_library, packing_library
+from magicdec.compute_dtype import compute_dtype, packing_library
 from magicdec.config import ConfigError, EngineConfig, ModelConfig
 from magicdec.fused_modules import fuse_modules
 from magicdec.kernels.cpu_linear import PackedLinear, pack_linears
+from magicdec.kernels.dispatch import select_elementwise
 from magicdec.kv_cache import LayerSpec
 
 
@@ -66,12 +67,11 @@ class LoadedModel:
         keep: torch.Tensor | None = None,  # [num_kept] rows whose logits are wanted; None: all
     ) -> torch.Tensor:
         """Logits [num_kept, vocab_size] of one packed forward."""
-        keep = torch.arange(len(token_ids)) if keep is None else keep
         output = self.module(
             input_ids=token_ids[None].to(self.device),
             position_ids=positions[None].to(self.device),
             use_cache=False,
-            logits_to_keep=keep.to(self.device),
+            logits_to_keep=0 if keep is None else keep.to(self.device),
             attention_context=attention,
         )
         logits: torch.Tensor = output.logits[0]
@@ -141,12 +141,15 @@ def load_model(config: ModelConfig, device: torch.device) -> LoadedModel:
         dtype=compute_dtype(config.dtype, device),
         attn_implementation="eager",
     )
-    library = fusing_library(config.dtype, device)
+    module = module.to(device)
+    if config.dtype == "bfloat16":  # fp32 models give transformers' own tokens
+        kernels = select_elementwise(device, next(module.parameters()).dtype)
+        if kernels is not None:
+            fuse_modules(module, kernels)
+    library = packing_library(config.dtype, device)
     if library is not None:
-        fuse_modules(module, library)
-        if packing_library(config.dtype, device) is not None:
-            pack_linears(module, library)
-    return describe_model(module.to(device), config.dtype)
+        pack_linears(module, library)
+    return describe_model(module, config.dtype)
 
 
 def load_draft_model(config: EngineConfig, device: torch.device) -> LoadedModel | None:

@@ -11,6 +11,9 @@ from magicdec.config import EngineConfig
 from magicdec.drafters.base import Drafter
 from magicdec.drafters.build import build_drafters, num_blocks_beside_draft
 from magicdec.drafters.draft_model import DraftModel
+from magicdec.graphs.capture import Capturer
+from magicdec.graphs.draft_graphs import DraftGraphs
+from magicdec.graphs.forward_graphs import ForwardGraphs
 from magicdec.kernels.dispatch import select_backend, select_gumbel_argmax
 from magicdec.kernels.paged_layout import PagedLayout
 from magicdec.kv_cache import PagedKVCache
@@ -30,8 +33,9 @@ class ModelRunner:
     def __init__(self, model: LoadedModel, config: EngineConfig) -> None:
         self._model = model
         self._config = config
-        eos_token_ids = read_model_facts(config.model.path).eos_token_ids
-        sampler = Sampler(eos_token_ids, select_gumbel_argmax(model.device))
+        facts = read_model_facts(config.model.path)
+        self._max_model_len = config.model.max_model_len or facts.max_position_embeddings
+        sampler = Sampler(facts.eos_token_ids, select_gumbel_argmax(model.device))
         self._rule: VerificationRule = verification_rule(config.speculation.verification, sampler)
         self._backend = select_backend(model.device, model.kv_dtype)
         draft = load_draft_model(config, model.device)
@@ -40,6 +44,7 @@ class ModelRunner:
         )
         self._cache: PagedKVCache | None = None
         self._drafters: dict[str, Drafter] = {}
+        self._graphs: ForwardGraphs | None = None
 
     @classmethod
     def load(cls, config: EngineConfig) -> "ModelRunner":
@@ -79,6 +84,13 @@ class ModelRunner:
         self._cache = PagedKVCache(
             model.layers, self._config.cache.block_size, num_blocks, model.kv_dtype, model.device
         )
+        draft_graphs: DraftGraphs | None = None
+        # Of a sharded model the ranks' exchanges are launched from the host.
+        is_whole = self._config.parallel.tensor_parallel_size == 1
+        if is_whole and self._backend.paged_on_device is not None:
+            shared = self._cache, self._backend, Capturer(model.device)
+            self._graphs = ForwardGraphs(self.forward, *shared, self._max_model_len)
+            draft_graphs = DraftGraphs(self.forward, model.layers, *shared)
         self._drafters = build_drafters(
             self.forward,
             self._rule.propose,
@@ -87,6 +99,7 @@ class ModelRunner:
             self._config,
             model.vocab_size,
             self._draft_model,
+            draft_graphs,
         )
 
     @torch.inference_mode()
@@ -137,9 +150,12 @@ class ModelRunner:
         layout, token_ids = _pack(batch.sequences, drafts, self._pages.block_size)
         watched = [drafter.watch(batch.sequences, layout) for drafter in self._each_drafter()]
         observers = [observer for observer in watched if observer is not None]
-        attention = PagedAttention(self._pages, layout, self._backend, observers)
         keep, rows = _sampled_rows(batch.sequences, drafts)
-        logits = self.forward(token_ids, row_positions(layout), attention, keep)
+        if self._graphs is not None and not observers and self._graphs.fits(layout):
+            logits = self._graphs.forward(layout, token_ids, keep)
+        else:
+            attention = PagedAttention(self._pages, layout, self._backend, observers)
+            logits = self.forward(token_ids, row_positions(layout), attention, keep)
         sampled = [
             d for d, s in zip(drafts, batch.sequences, strict=True) if s.sampling is not None
         ]

@@ -77,16 +77,16 @@ class Sampler:
             None if row.sampling.temperature == 0.0 else _draw(row, Role.SHARED) for row in rows
         ]
         if not all(self._is_plain_argmax(row) for row in rows):
-            logits = self._process_all(logits.float().cpu(), rows)
+            logits = self._process_all(logits.float(), rows)
         return self._gumbel_argmax(logits, draws)
 
     def _process_all(self, scores: torch.Tensor, rows: list[SamplerRow]) -> torch.Tensor:
         """process() of every row: at once for those that it would only divide by temperature."""
-        shift, scale = torch.zeros(len(rows), 1), torch.ones(len(rows), 1)
-        scaled = [i for i, row in enumerate(rows) if self._is_scaled_alone(row)]
-        shift[scaled] = scores.amax(dim=1, keepdim=True)[scaled]
-        scale[scaled, 0] = torch.tensor([rows[i].sampling.temperature for i in scaled])
-        processed = (scores - shift).div_(scale)
+        scales = [row.sampling.temperature if self._is_scaled_alone(row) else 1.0 for row in rows]
+        is_scaled = [self._is_scaled_alone(row) for row in rows]
+        scale = torch.tensor([scales, is_scaled], dtype=scores.dtype).to(scores.device)
+        shift = torch.where(scale[1] > 0, scores.amax(dim=1), 0.0)
+        processed = (scores - shift[:, None]).div_(scale[0, :, None])
         for i, row in enumerate(rows):
             if not (self._is_scaled_alone(row) or self._is_plain_argmax(row)):
                 processed[i] = self.process(scores[i], row)
@@ -128,7 +128,8 @@ class Sampler:
             _penalize(scores, row)
         if sampling.logit_bias:
             ids, biases = zip(*sampling.logit_bias, strict=True)
-            scores.index_add_(0, torch.tensor(ids), torch.tensor(biases, dtype=scores.dtype))
+            added = torch.tensor(biases, dtype=scores.dtype, device=scores.device)
+            scores.index_add_(0, torch.tensor(ids, device=scores.device), added)
         if row.num_output_tokens < sampling.min_tokens:
             banned = sampling.stop_token_ids
             if not sampling.ignore_eos:
@@ -160,15 +161,16 @@ def _penalize(scores: torch.Tensor, row: SamplerRow) -> None:
     """The repetition penalty sees prompt and output (CTRL, arXiv 1909.05858), the others output."""
     assert row.history is not None
     sampling = row.sampling
-    seen = torch.from_numpy(np.unique(row.history))
+    seen = torch.from_numpy(np.unique(row.history)).to(scores.device)
     if sampling.repetition_penalty != 1.0:
         values = scores[seen]
         penalty = sampling.repetition_penalty
         scores[seen] = torch.where(values > 0, values / penalty, values * penalty)
     output, counts = np.unique(row.history[row.num_prompt_tokens :], return_counts=True)
     if len(output) > 0:
-        ids = torch.from_numpy(output)
-        scores[ids] -= sampling.frequency_penalty * torch.from_numpy(counts).float()
+        ids = torch.from_numpy(output).to(scores.device)
+        counted = torch.from_numpy(counts).to(scores.device)
+        scores[ids] -= sampling.frequency_penalty * counted.float()
         scores[ids] -= sampling.presence_penalty
 
 

@@ -12,6 +12,7 @@ from magicdec.drafters.draft_rings import DraftRings, RingShape
 from magicdec.drafters.ngram import NgramDrafter
 from magicdec.drafters.self_draft import POLICIES, SelfDrafter
 from magicdec.drafters.top_k import TopKDrafter
+from magicdec.graphs.draft_graphs import DraftGraphs
 from magicdec.kernels.dispatch import AttentionBackend
 from magicdec.kv_cache import LayerSpec, PagedKVCache, bytes_per_token, num_affordable_blocks
 
@@ -24,11 +25,12 @@ def build_drafters(
     config: EngineConfig,
     vocab_size: int,  # of the target's logits
     draft_model: DraftModel | None,
+    graphs: DraftGraphs | None,  # of the target's draft steps
 ) -> dict[str, Drafter]:
     """Drafter name -> drafter; several names may be one's. `cache` holds the target's pages."""
     selection = config.speculation.selection
     budget = config.speculation.selection_budget
-    self_drafter = SelfDrafter(forward, propose, cache, backend, selection, budget)
+    self_drafter = SelfDrafter(forward, propose, cache, backend, selection, budget, graphs)
     drafters: dict[str, Drafter] = {
         **dict.fromkeys(POLICIES, self_drafter),
         "top_k": TopKDrafter(forward, propose, cache),

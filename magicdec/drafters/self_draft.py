@@ -12,6 +12,7 @@ from magicdec.batch import ScheduledSequence
 from magicdec.config import SelectionConfig
 from magicdec.draft_attention import DraftAttention
 from magicdec.drafters.base import Forward, Propose
+from magicdec.graphs.draft_graphs import DraftGraphs
 from magicdec.kernels.dispatch import AttentionBackend
 from magicdec.kernels.paged_layout import PagedLayout
 from magicdec.kv_cache import PagedKVCache
@@ -63,30 +64,36 @@ class SelfDrafter:
         backend: AttentionBackend,
         config: SelectionConfig,
         selection_budget: int = 0,
+        graphs: DraftGraphs | None = None,
     ) -> None:
         """`selection_budget`: selections are made for so many positions at least, of which a
-        smaller view takes the best."""
+        smaller view takes the best. `graphs` take the place of `forward` where they can."""
         self._forward = forward
         self._propose = propose
         self._cache = cache
         self._backend = backend
         self._config = config
         self._selection_budget = selection_budget
+        self._graphs = graphs
         self._selections: dict[int, Selection] = {}
         self._rounds_since: dict[int, float] = {}  # verify passes since one was taken of a round
 
     def propose(self, sequences: list[ScheduledSequence]) -> list[tuple[Proposal, ...]]:
         """See Drafter.propose."""
+        num_steps = max(s.draft_length for s in sequences)
         attention = DraftAttention(
             self._cache,
             draft_layout(sequences, self._cache.block_size),
             self._backend,
             self._config,
-            max(s.draft_length for s in sequences),
+            num_steps,
             [s.draft.draft_budget for s in sequences if s.draft is not None],
             [self._selection(s) for s in sequences],
         )
-        return draft_steps(sequences, attention, self._forward, self._propose)
+        forward: Forward = self._forward
+        if self._graphs is not None:
+            forward = self._graphs.begin(attention, len(sequences), num_steps) or forward
+        return draft_steps(sequences, attention, forward, self._propose)
 
     def watch(
         self, sequences: tuple[ScheduledSequence, ...], layout: PagedLayout

@@ -9,23 +9,26 @@ from torch import nn
 from transformers import GlmConfig, OlmoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from magicdec.fused_modules import FusedAttention, FusedMlp, FusedRmsNorm, fuse_modules
+from magicdec.fused_layers import FusedAttention, FusedMlp, FusedRmsNorm
+from magicdec.fused_modules import fuse_modules
 from magicdec.kernels.compiled import compiled_library
 from magicdec.kernels.cpu_linear import pack_linears
+from magicdec.kernels.dispatch import select_elementwise
 from magicdec.model_loader import LoadedModel, describe_model
 from tests.conftest import FAMILIES
 
 LIBRARY = compiled_library()
+HOST = torch.device("cpu")
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="there is no compiler here")
 NUM_LAYERS = 3
-# Attentions with norms of their own, and gates other than silu, are not fused.
+# Gates other than silu are not fused.
 FUSED = {
     "llama": (FusedRmsNorm, FusedMlp, FusedAttention),
     "mistral_sliding": (FusedRmsNorm, FusedMlp, FusedAttention),
     "qwen2": (FusedRmsNorm, FusedMlp, FusedAttention),
-    "qwen3": (FusedRmsNorm, FusedMlp),
+    "qwen3": (FusedRmsNorm, FusedMlp, FusedAttention),
     "gemma2": (FusedRmsNorm, FusedAttention),
-    "gemma3": (FusedRmsNorm,),
+    "gemma3": (FusedRmsNorm, FusedAttention),
     "glm": (FusedRmsNorm,),
     "olmo": (FusedMlp,),
 }
@@ -78,6 +81,12 @@ def logits(model: LoadedModel) -> torch.Tensor:
         return model.forward(token_ids, torch.arange(40), Sums())
 
 
+def fuse(module: Any) -> None:
+    kernels = select_elementwise(HOST, module.dtype)
+    assert kernels is not None
+    fuse_modules(module, kernels)
+
+
 def kinds(module: nn.Module) -> set[type[nn.Module]]:
     return {type(child) for child in module.modules()} & {FusedRmsNorm, FusedMlp, FusedAttention}
 
@@ -88,7 +97,7 @@ def test_a_fused_model_gives_the_models_logits(family: str) -> None:
     module = made(family)
     before = describe_model(module, "float32")
     expected = logits(before)
-    fuse_modules(module, LIBRARY)
+    fuse(module)
     after = describe_model(module, "float32")
     torch.testing.assert_close(logits(after), expected, atol=1e-3, rtol=1e-3)
     assert kinds(module) == set(FUSED[family])
@@ -100,10 +109,9 @@ def test_a_fused_model_gives_the_models_logits(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "mistral_sliding", "qwen2"])
 def test_a_bfloat16_model_is_fused_too(family: str) -> None:
-    assert LIBRARY is not None
     module = made(family).bfloat16()
     expected = logits(describe_model(module, "bfloat16"))
-    fuse_modules(module, LIBRARY)
+    fuse(module)
     assert kinds(module) == set(FUSED[family])
     found = logits(describe_model(module, "bfloat16"))
     differences = (found - expected).abs()
@@ -112,14 +120,12 @@ def test_a_bfloat16_model_is_fused_too(family: str) -> None:
 
 def test_a_norm_that_rounds_elsewhere_stays_in_bfloat16() -> None:
     """Gemma multiplies with its weight before it rounds."""
-    assert LIBRARY is not None
     module = made("gemma2").bfloat16()
-    fuse_modules(module, LIBRARY)
+    fuse(module)
     assert FusedRmsNorm not in kinds(module)
 
 
 def test_modules_that_compute_something_else_stay() -> None:
-    assert LIBRARY is not None
     module = made("llama")
     first, second, third = module.model.layers
     own = second.self_attn.forward
@@ -127,7 +133,7 @@ def test_modules_that_compute_something_else_stay() -> None:
     first.mlp.act_fn = nn.ReLU()
     third.input_layernorm.forward = lambda rows: rows
     expected = logits(describe_model(module, "float32"))
-    fuse_modules(module, LIBRARY)
+    fuse(module)
     assert not isinstance(second.self_attn, FusedAttention)
     assert not isinstance(first.mlp, FusedMlp)
     assert not isinstance(third.input_layernorm, FusedRmsNorm)
@@ -137,9 +143,8 @@ def test_modules_that_compute_something_else_stay() -> None:
 
 
 def test_sizes_that_the_kernels_do_not_know_stay() -> None:
-    assert LIBRARY is not None
     config = FAMILIES["llama"]()
     config.head_dim, config.hidden_size, config.intermediate_size = 16, 72, 120
     module = AutoModelForCausalLM.from_config(config).eval()
-    fuse_modules(module, LIBRARY)
+    fuse(module)
     assert kinds(module) == set()

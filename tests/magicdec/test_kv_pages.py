@@ -45,10 +45,13 @@ def test_after_many_rounds_the_pages_equal_a_recompute(
         engine.add(request)
     while engine.stats.num_rounds < 7:
         engine.step()
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     pages = pages_of(engine)
+    device = pages.k[0].device
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model.to(device)
     for sequence in engine._scheduler.running:
-        tokens = torch.tensor([sequence.token_ids[: sequence.num_computed_tokens]])
+        computed = sequence.token_ids[: sequence.num_computed_tokens]
+        tokens = torch.tensor([computed], device=device)
         with torch.inference_mode():
             cache = model(tokens, use_cache=True).past_key_values
         slots = computed_slots(sequence)
@@ -91,6 +94,6 @@ def test_no_row_reads_a_slot_that_holds_no_accepted_token(
             stale[computed_slots(sequence)] = False
         for tensor in (*pages.k, *pages.v):
             garbage = torch.randn(tensor[:, stale].shape, generator=generator) * 1e3
-            tensor[:, stale] = garbage
+            tensor[:, stale] = garbage.to(tensor.device)
     assert engine.stats.num_draft_tokens > engine.stats.num_accepted_tokens
     assert [answers[r.request_id] for r in requests] == plain_tokens(tiny_model_dir, requests)

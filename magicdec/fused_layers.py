@@ -1,0 +1,112 @@
+"""What stands for a layer's modules where its small steps are compiled (fused_modules.py)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from magicdec.attention import AttentionContext
+from magicdec.kernels.dispatch import Elementwise
+
+
+class FusedRmsNorm(nn.Module):
+    """Any RMSNorm, whatever it makes of its weight: `weight` is what rows are multiplied with."""
+
+    weight: torch.Tensor
+
+    def __init__(self, weight: torch.Tensor, epsilon: float, kernels: Elementwise) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight.contiguous())
+        self._epsilon = epsilon
+        self._kernels = kernels
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return self._kernels.rms_norm(rows, self.weight, self._epsilon)
+
+
+class FusedMlp(nn.Module):
+    """down_proj(silu(gate_proj(x)) * up_proj(x))"""
+
+    def __init__(self, mlp: Any, kernels: Elementwise) -> None:
+        super().__init__()
+        self.gate_up_proj = _joined([mlp.gate_proj, mlp.up_proj])
+        self.down_proj = mlp.down_proj
+        self._kernels = kernels
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = self.down_proj(self._kernels.silu_product(self.gate_up_proj(rows)))
+        return output
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What an attention module asks of its context."""
+
+    layer: int
+    states: tuple[torch.Tensor, ...]  # query, key, value
+    limits: dict[str, float | int | None]  # scaling, sliding_window, softcap
+
+
+class FusedAttention(nn.Module):
+    """One linear for query, key and value, norms of their heads where it has any, then the
+    rotation, then the context."""
+
+    def __init__(
+        self,
+        attention: Any,
+        asked: Asked,
+        norms: Sequence[nn.Module | None],  # of query and key, or none
+        kernels: Elementwise,
+    ) -> None:
+        super().__init__()
+        self.qkv_proj = _joined([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.o_proj = attention.o_proj
+        query, key, _ = asked.states
+        self._layer, self._limits = asked.layer, asked.limits
+        self._num_heads, self._num_kv_heads, self._head_dim = len(query), len(key), query.shape[2]
+        self.q_norm, self.k_norm = norms or (None, None)
+        self._kernels = kernels
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,  # [1, num_rows, hidden_size]
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],  # [1, num_rows, head_dim] each
+        *,
+        attention_context: AttentionContext,
+        **ignored: object,
+    ) -> tuple[torch.Tensor, None]:
+        rows: torch.Tensor = self.qkv_proj(hidden_states[0])
+        cos, sin = position_embeddings[0][0], position_embeddings[1][0]
+        query, key, value = self._rotated(rows, cos, sin)
+        limits: Any = self._limits
+        output = attention_context.attend(self._layer, query, key, value, **limits)
+        output = output.transpose(0, 1).reshape(1, len(rows), -1)
+        return self.o_proj(output), None
+
+    def _rotated(
+        self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Query, key and value, [heads, num_rows, head_dim] each."""
+        sizes = (self._num_heads, self._num_kv_heads, self._num_kv_heads)
+        if self.q_norm is None or self.k_norm is None:
+            rows = self._kernels.rotate(rows, cos, sin, self._num_heads + self._num_kv_heads)
+            heads = rows.view(len(rows), -1, self._head_dim).transpose(0, 1)
+            return heads.split_with_sizes(sizes)
+        parts = rows.view(len(rows), -1, self._head_dim).split_with_sizes(sizes, dim=1)
+        query, key = self.q_norm(parts[0]), self.k_norm(parts[1])
+        for part in (query, key):
+            self._kernels.rotate(part.flatten(1), cos, sin, part.shape[1])
+        return query.transpose(0, 1), key.transpose(0, 1), parts[2].transpose(0, 1)
+
+
+def _joined(linears: list[nn.Linear]) -> nn.Linear:
+    """Their outputs side by side."""
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+    joined = nn.Linear(weight.shape[1], weight.shape[0], bias=bool(biases), device="meta")
+    joined.weight = nn.Parameter(weight, requires_grad=False)
+    if biases:
+        joined.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
+    return joined

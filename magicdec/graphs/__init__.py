@@ -1,0 +1,1 @@
+"""CUDA graphs: a step's launches in one."""

@@ -1,0 +1,47 @@
+"""Capturing what reads fixed places of a GPU, and nothing on the host."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from magicdec.attention import AttentionContext
+
+_WARM_UPS = 2  # what a first call compiles or allocates is not of a graph
+
+
+class KeptForward(Protocol):
+    """See LoadedModel.forward."""
+
+    def __call__(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        attention: AttentionContext,
+        keep: torch.Tensor | None = None,
+    ) -> torch.Tensor: ...
+
+
+class Capturer:
+    """Of one GPU; graphs share the memory that they need between their inputs and outputs, so each
+    one's output must be read before another is replayed."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool: Any = None
+
+    def capture(
+        self, step: Callable[[], torch.Tensor]
+    ) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        """The graph and its output. Whoever replays it keeps `step` alive, and what that reads."""
+        side = torch.cuda.Stream(self._device)
+        side.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UPS):
+                step()
+        torch.cuda.current_stream(self._device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            output = step()
+        self._pool = graph.pool()
+        return graph, output

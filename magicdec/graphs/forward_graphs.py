@@ -1,0 +1,203 @@
+"""CUDA graphs of a packed forward: one launch in place of some hundred.
+
+    bucket    sequences of a graph, a power of two; one that is not there has no rows
+    tier      rows a sequence: its last token and its drafts
+    row       | sequence 0: tier rows | sequence 1: tier rows | ...
+
+A shorter draft leaves its last rows out: what they compute is never looked at, and nothing of
+theirs is written to the pages. A graph is captured when a step first needs it.
+"""
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from magicdec.graphs.capture import Capturer, KeptForward
+from magicdec.kernels.dispatch import AttentionBackend
+from magicdec.kernels.paged_layout import DeviceLayout, PagedLayout
+from magicdec.kv_cache import PagedKVCache
+
+logger = logging.getLogger(__name__)
+
+TIERS = (1, 2, 3, 5, 7, 9)
+_NO_SLOT = -1  # of a row that is not there
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Of a graph, and of the int32 buffer that it reads."""
+
+    bucket: int
+    tier: int
+    num_columns: int  # of the block tables
+
+    @property
+    def num_rows(self) -> int:
+        return self.bucket * self.tier
+
+    @property
+    def sizes(self) -> list[int]:
+        """Of token ids, positions and slots, a row; query_lens, context_lens and tables, a
+        sequence."""
+        return [self.num_rows] * 3 + [self.bucket] * 2 + [self.bucket * self.num_columns]
+
+    def rows(self, layout: PagedLayout) -> NDArray[np.int64]:
+        """Where the layout's packed rows are in the graph, [num_rows of the layout]."""
+        starts = self.tier * np.arange(len(layout.query_lens))
+        spans = zip(starts, layout.query_lens, strict=True)
+        return np.concatenate([np.arange(start, start + n) for start, n in spans])
+
+    def write(self, buffer: NDArray[np.int32], layout: PagedLayout, ids: NDArray[np.int64]) -> None:
+        """What this step is; `ids` are the packed rows' tokens."""
+        places = np.cumsum(self.sizes)[:-1]
+        token_ids, positions, slots, query_lens, context_lens, tables = np.split(buffer, places)
+        rows, batch = self.rows(layout), len(layout.query_lens)
+        spans = zip(layout.context_lens, layout.query_lens, strict=True)
+        slots[:] = _NO_SLOT
+        query_lens[:] = 0
+        token_ids[rows] = ids
+        positions[rows] = np.concatenate([np.arange(c, c + n) for c, n in spans])
+        slots[rows] = layout.slot_mapping()
+        query_lens[:batch], context_lens[:batch] = layout.query_lens, layout.context_lens
+        for row, table in zip(tables.reshape(self.bucket, -1), layout.block_tables, strict=False):
+            row[: len(table)] = table
+
+
+class GraphAttention:
+    """An attention context that reads a step's layout on the device alone."""
+
+    def __init__(
+        self,
+        cache: PagedKVCache,
+        backend: AttentionBackend,
+        layout: DeviceLayout,
+        slots: torch.Tensor,  # int32 [num_rows]
+    ) -> None:
+        assert backend.paged_on_device is not None, f"{backend.name} reads its layout on the host"
+        self._cache = cache
+        self._store, self._paged = backend.store, backend.paged_on_device
+        self.layout = layout
+        self._slots = slots
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scaling: float,
+        sliding_window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """See AttentionContext."""
+        k_cache, v_cache = self._cache.k[layer], self._cache.v[layer]
+        self._store(k_cache, v_cache, key, value, self._slots)
+        return self._paged(query, k_cache, v_cache, self.layout, scaling, sliding_window, softcap)
+
+
+@dataclass(frozen=True, slots=True)
+class StaticForward:
+    """A forward that reads one buffer: what a graph captures."""
+
+    forward: KeptForward
+    token_ids: torch.Tensor  # [num_rows], of the buffer, as the rest
+    positions: torch.Tensor
+    attention: GraphAttention
+    all_rows: torch.Tensor
+
+    def __call__(self) -> torch.Tensor:
+        """Logits [num_rows, vocab_size]."""
+        return self.forward(self.token_ids, self.positions, self.attention, self.all_rows)
+
+
+def static_forward(
+    forward: KeptForward,
+    cache: PagedKVCache,
+    backend: AttentionBackend,
+    shape: Shape,
+    buffer: torch.Tensor,  # int32, on the device
+) -> StaticForward:
+    token_ids, positions, slots, query_lens, context_lens, tables = buffer.split_with_sizes(
+        shape.sizes
+    )
+    rows = torch.arange(shape.num_rows, dtype=torch.int32, device=buffer.device)
+    layout = DeviceLayout(
+        row_starts=rows[:: shape.tier].contiguous(),
+        query_lens=query_lens,
+        context_lens=context_lens,
+        block_tables=tables.view(shape.bucket, -1),
+        short=rows[: shape.bucket],
+        long=rows[:0],
+        short_rows=rows,
+        most_rows=shape.tier,
+        most_long_rows=0,
+        most_keys=shape.num_columns * cache.block_size,
+        block_size=cache.block_size,
+    )
+    attention = GraphAttention(cache, backend, layout, slots)
+    return StaticForward(forward, token_ids, positions, attention, rows.long())
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    step: StaticForward  # holds what the graph reads beside its buffer
+    staging: torch.Tensor  # in pinned memory, then copied to
+    buffer: torch.Tensor
+    logits: torch.Tensor  # [num_rows, vocab_size]
+
+
+class ForwardGraphs:
+    """Of one model on one GPU, for steps whose sequences all have few rows."""
+
+    def __init__(
+        self,
+        forward: KeptForward,
+        cache: PagedKVCache,
+        backend: AttentionBackend,
+        capturer: Capturer,
+        max_model_len: int,
+    ) -> None:
+        self._forward = forward
+        self._cache = cache
+        self._backend = backend
+        self._capturer = capturer
+        self._device = cache.k[0].device
+        blocks = -(-(max_model_len + max(TIERS)) // cache.block_size)
+        self._num_columns = min(blocks, cache.num_blocks)
+        self._captured: dict[Shape, _Captured] = {}
+
+    def fits(self, layout: PagedLayout) -> bool:
+        return max(layout.query_lens) <= max(TIERS)
+
+    def forward(
+        self,
+        layout: PagedLayout,
+        token_ids: torch.Tensor,  # [num_rows], on the host
+        keep: torch.Tensor,  # [num_kept], on the host
+    ) -> torch.Tensor:
+        """Logits [num_kept, vocab_size]; the rows' K/V are in the pages then."""
+        tier = next(tier for tier in TIERS if tier >= max(layout.query_lens))
+        bucket = 1 << (len(layout.query_lens) - 1).bit_length()
+        shape = Shape(bucket, tier, self._num_columns)
+        if shape not in self._captured:
+            self._captured[shape] = self._capture(shape)
+        captured = self._captured[shape]
+        shape.write(captured.staging.numpy(), layout, token_ids.numpy())
+        captured.buffer.copy_(captured.staging, non_blocking=True)
+        captured.graph.replay()
+        kept = torch.from_numpy(shape.rows(layout)[keep.numpy()])
+        return captured.logits.index_select(0, kept.to(self._device))
+
+    def _capture(self, shape: Shape) -> _Captured:
+        staging = torch.zeros(sum(shape.sizes), dtype=torch.int32).pin_memory()
+        staging.split_with_sizes(shape.sizes)[2].fill_(_NO_SLOT)
+        buffer = staging.to(self._device)
+        step = static_forward(self._forward, self._cache, self._backend, shape, buffer)
+        graph, logits = self._capturer.capture(step)
+        logger.info("captured a forward of %d x %d rows", shape.bucket, shape.tier)
+        return _Captured(graph, step, staging, buffer, logits)

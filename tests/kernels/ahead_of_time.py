@@ -1,0 +1,168 @@
+"""What each Triton kernel takes of a GPU's multiprocessor, compiled here for GPUs that are not.
+
+python -m tests.kernels.ahead_of_time prints the table that ahead_of_time.json holds: registers a
+thread, bytes of its stack (spills), and bytes of shared memory a block.
+"""
+
+import json
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from magicdec.kernels import (
+    triton_attention,
+    triton_gumbel,
+    triton_mass,
+    triton_merge,
+    triton_steps,
+    triton_view,
+)
+from magicdec.kernels.triton_tiles import choose_num_warps
+
+ARCHITECTURES = (80, 90)
+TABLE = Path(__file__).with_name("ahead_of_time.json")
+
+# By the end of a parameter's name; any other is a pointer to the dtype of the pages.
+_TYPES = {
+    "partial_output": "*fp32",
+    "partial_lse": "*fp32",
+    "lse": "*fp32",
+    "mass": "*fp32",
+    "best_values": "*fp64",
+    "best_entries": "*i32",
+    "keys": "*i64",
+    "slots": "*i64",
+    "steps": "*i32",
+    "slot_mapping": "*i64",
+    "sequences": "*i32",
+    "row_starts": "*i32",
+    "query_lens": "*i32",
+    "context_lens": "*i32",
+    "block_tables": "*i32",
+    "table": "*i32",
+    "scaling": "fp32",
+    "softcap": "fp32",
+    "epsilon": "fp32",
+}
+_INTEGERS = ("_stride", "batch", "step", "window")
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    name: str
+    kernel: Any
+    constants: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+    types: dict[str, str] = field(default_factory=dict)  # that differ from _TYPES
+
+
+def variants() -> list[Variant]:
+    found: list[Variant] = []
+    for head_dim in (64, 128, 256):
+        shape = {
+            "GROUP_SIZE": 4,
+            "HEAD_DIM": head_dim,
+            "HAS_SOFTCAP": False,
+            "PRECISION": "tf32",
+            "BLOCK_N": 64,
+            "BLOCK_D": head_dim,
+        }
+        paged = {**shape, "BLOCK_SIZE": 64, "HAS_WINDOW": False, "MIN_SPLIT": 256}
+        paged |= {"MOST_SPLITS": 32}
+        for block_m in (16, 32, 128):
+            constants = {**paged, "IS_SPLIT": True, "BLOCK_M": block_m}
+            name = f"attend, {block_m} rows, head of {head_dim}"
+            num_warps = choose_num_warps(block_m, head_dim)
+            found.append(Variant(name, triton_attention._attend, constants, num_warps))
+        chunk = {**paged, "IS_SPLIT": False, "BLOCK_M": 64}
+        name = f"attend a chunk, head of {head_dim}"
+        num_warps = choose_num_warps(64, head_dim)
+        found.append(Variant(name, triton_attention._attend, chunk, num_warps))
+        if head_dim == 256:
+            continue
+        view = {**shape, "SPLIT_KEYS": 128, "BLOCK_M": 16, "BLOCK_OWN": 16}
+        name = f"attend a view, head of {head_dim}"
+        found.append(Variant(name, triton_view._attend_listed, view, num_stages=2))
+        merge = {"HEAD_DIM": head_dim, "BLOCK_S": 32, "BLOCK_D": head_dim}
+        name = f"merge 32 splits, head of {head_dim}"
+        types = {"rows": "*i32"}
+        found.append(Variant(name, triton_merge.merge_splits, merge, types=types))
+        mass = {**shape, "BLOCK_SIZE": 64, "BLOCK_M": 32}
+        name = f"row lse, head of {head_dim}"
+        found.append(Variant(name, triton_mass._row_lse, {**mass, "SPLIT_KEYS": 512}))
+        found.append(Variant(f"key mass, head of {head_dim}", triton_mass._key_mass, mass))
+    scores = {"scores": "*fp32"}
+    found.append(Variant("choose", triton_gumbel._choose, {"BLOCKS": 128}, types=scores))
+    found.append(Variant("rms norm of 4096", triton_steps._rms_norm, {"BLOCK": 4096}))
+    rotation = {"HEAD_DIM": 128, "BLOCK": 64}
+    found.append(Variant("rotate", triton_steps._rotate, rotation, num_warps=1))
+    stored = {"HEAD_DIM": 128, "BLOCK": 128}
+    found.append(Variant("store", triton_steps._store_kv, stored, num_warps=1))
+    found.append(Variant("silu product", triton_steps._silu_product, {"BLOCK": 1024}))
+    return found
+
+
+def measure(variant: Variant, architecture: int) -> dict[str, int]:
+    names = variant.kernel.arg_names
+    types = {name: _type(name, variant) for name in names}
+    aligned = [i for i, name in enumerate(names) if _is_aligned(name, types[name])]
+    source = ASTSource(
+        variant.kernel,
+        types,
+        variant.constants,
+        {(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    registers, stack = _resources(compiled.asm["cubin"])
+    return {"registers": registers, "stack": stack, "shared": compiled.metadata.shared}
+
+
+def _is_aligned(name: str, type_name: str) -> bool:
+    """As triton finds tensors and the strides of whole heads when it compiles at a launch."""
+    return type_name.startswith("*") or name.endswith(("_head_stride", "_row_stride"))
+
+
+def _type(name: str, variant: Variant) -> str:
+    if name in variant.constants:
+        return "constexpr"
+    if name in variant.types:
+        return variant.types[name]
+    if name in _TYPES:
+        return _TYPES[name]
+    if name.startswith("num_") or name.endswith(_INTEGERS):
+        return "i32"
+    return "*bf16"
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack a thread, as the assembler wrote them down."""
+    tool = triton.knobs.nvidia.cuobjdump.path
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [tool, "--dump-resource-usage", file.name]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", printed)
+    assert found is not None, printed
+    return int(found[1]), int(found[2])
+
+
+def table() -> dict[str, dict[str, int]]:
+    return {
+        f"sm_{architecture}: {variant.name}": measure(variant, architecture)
+        for variant in variants()
+        for architecture in ARCHITECTURES
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(table(), indent=1))

@@ -1,0 +1,89 @@
+"""A draft step as a graph captures it gives the logits of the steps that are not, and could be
+captured."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from magicdec.config import SelectionConfig
+from magicdec.draft_attention import DraftAttention
+from magicdec.graphs.capture import Capturer
+from magicdec.graphs.draft_graphs import MAX_STEPS, DraftGraphs
+from magicdec.kernels.dispatch import triton_backend
+from magicdec.kv_cache import PagedKVCache
+from magicdec.model_loader import LoadedModel, describe_model
+from magicdec.sparse_kv import Selection
+from tests.conftest import FAMILIES
+from tests.kernels.layouts import make_layout
+from tests.magicdec.graphs.captured_region import CapturedRegion, tensors_of
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BACKEND = triton_backend()
+CONFIG = SelectionConfig(num_sink_tokens=2, num_recent_tokens=4)
+BLOCK_SIZE, NUM_STEPS, BUDGET = 16, 3, 24
+CONTEXT_LENS = [70, 9, 40]  # the second one's view is all of it
+
+
+def loaded(family: str) -> LoadedModel:
+    torch.manual_seed(0)
+    module: Any = AutoModelForCausalLM.from_config(FAMILIES[family]())
+    return describe_model(module.to(DEVICE), "float32")
+
+
+def made_up(model: LoadedModel) -> tuple[PagedKVCache, DraftAttention]:
+    """The third sequence has a selection, of other positions in every layer and head."""
+    layout, num_blocks = make_layout(CONTEXT_LENS, [1, 1, 1], BLOCK_SIZE, False, 0)
+    cache = PagedKVCache(model.layers, BLOCK_SIZE, num_blocks, torch.float32, DEVICE)
+    generator = torch.Generator().manual_seed(0)
+    for pages in (*cache.k, *cache.v):
+        pages.copy_(torch.randn(pages.shape, generator=generator))
+    selection = Selection(CONTEXT_LENS[2])
+    for layer, spec in enumerate(model.layers):
+        orders = [torch.randperm(30, generator=generator)[:10] for _ in range(spec.num_kv_heads)]
+        selection.positions[layer] = (torch.stack(orders) + 2).to(DEVICE)
+    budgets, selections = [BUDGET] * 3, [None, None, selection]
+    attention = DraftAttention(cache, layout, BACKEND, CONFIG, NUM_STEPS, budgets, selections)
+    return cache, attention
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_steps_give_the_logits_of_steps_that_are_not_captured(family: str) -> None:
+    model = loaded(family)
+    cache, attention = made_up(model)
+    graphs = DraftGraphs(model.forward, model.layers, cache, BACKEND, Capturer(DEVICE))
+    step = graphs.static_step(bucket=4, width=256)
+    generator = torch.Generator().manual_seed(1)
+    attention.begin_step(NUM_STEPS - 1)
+    step.views.load(attention)
+    for number in range(NUM_STEPS):
+        token_ids = torch.randint(model.vocab_size, (3,), generator=generator)
+        positions = attention.begin_step(number)
+        expected = model.forward(token_ids, positions, attention)
+        step.inputs[:3], step.inputs[4:7] = token_ids.to(DEVICE), positions.to(DEVICE)
+        step.inputs[-1] = number
+        torch.testing.assert_close(step()[:3], expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_a_step_could_be_captured() -> None:
+    model = loaded("llama")
+    cache, attention = made_up(model)
+    graphs = DraftGraphs(model.forward, model.layers, cache, BACKEND, Capturer(DEVICE))
+    step = graphs.static_step(bucket=4, width=256)
+    attention.begin_step(NUM_STEPS - 1)
+    step.views.load(attention)
+    with CapturedRegion([*tensors_of(model, cache), step.inputs, *step.views.static]):
+        step()
+
+
+@torch.inference_mode()
+def test_what_a_graph_does_not_hold_is_left_to_others() -> None:
+    """Windows, which move with a step; and more steps than there are columns."""
+    for family, num_steps in (("mistral_sliding", NUM_STEPS), ("llama", MAX_STEPS + 1)):
+        model = loaded(family)
+        cache, attention = made_up(model)
+        graphs = DraftGraphs(model.forward, model.layers, cache, BACKEND, Capturer(DEVICE))
+        assert graphs.begin(attention, 3, num_steps) is None
