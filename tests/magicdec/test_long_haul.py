@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 from magicdec.engine import Engine
 from magicdec.types import Request, SamplingParams
 from tests.conftest import EngineFactory, engine_config, save_model
-from tests.generation import random_prompts, token_ids
+from tests.generation import random_prompts, run_short_answers, token_ids
 
 SHARED = 20_000  # prompt tokens that the second request has in common with the first
 LENGTHS = (32_000, 24_011)
@@ -86,6 +86,7 @@ def test_32k_in_and_4k_out_with_hits_aborts_and_preemption_give_the_plain_tokens
             prefix_caching=drafter == "snapkv",
         )
         engine = make_engine(config)
+        run_short_answers(engine, max_tokens=4096)  # so that both are let in, and grow
         answers = drive(engine, requests, 40)
         assert (engine.stats.num_preemptions > 0) == (num_blocks == 900)
         assert answers["0"] == plain["0"]
