@@ -82,13 +82,16 @@ class Sampler:
 
     def _process_all(self, scores: torch.Tensor, rows: list[SamplerRow]) -> torch.Tensor:
         """process() of every row: at once for those that it would only divide by temperature."""
-        scales = [row.sampling.temperature if self._is_scaled_alone(row) else 1.0 for row in rows]
         is_scaled = [self._is_scaled_alone(row) for row in rows]
+        scales = [
+            row.sampling.temperature if scaled else 1.0
+            for row, scaled in zip(rows, is_scaled, strict=True)
+        ]
         scale = torch.tensor([scales, is_scaled], dtype=scores.dtype).to(scores.device)
         shift = torch.where(scale[1] > 0, scores.amax(dim=1), 0.0)
         processed = (scores - shift[:, None]).div_(scale[0, :, None])
         for i, row in enumerate(rows):
-            if not (self._is_scaled_alone(row) or self._is_plain_argmax(row)):
+            if not (is_scaled[i] or self._is_plain_argmax(row)):
                 processed[i] = self.process(scores[i], row)
         return processed
 

@@ -23,6 +23,7 @@ from magicdec.kernels.gumbel import (
     uniforms,
 )
 from tests.distributions import FALSE_ALARM, fit
+from tests.kernels.choices import DRAWS, made_up_scores
 
 NUM_SEEDS, NUM_POSITIONS, NUM_ENTRIES = 40, 40, 64
 Words = Callable[[int, int, int, int, int], NDArray[np.uint32]]
@@ -56,18 +57,7 @@ def test_shared_noise_keeps_its_values() -> None:
     num_entries=st.integers(1, 300),
     spread=st.floats(0.0, 40.0),
     removed=st.floats(0.0, 0.9),
-    draws=st.lists(
-        st.none()
-        | st.builds(
-            Draw,
-            st.integers(0, 2**64 - 1),
-            st.integers(0, 2**40),
-            st.sampled_from(Role),
-            st.integers(0, 16),
-        ),
-        min_size=1,
-        max_size=4,
-    ),
+    draws=DRAWS,
     seed=st.integers(0, 10_000),
 )
 def test_compiled_code_chooses_the_same_entries(
@@ -77,11 +67,7 @@ def test_compiled_code_chooses_the_same_entries(
     library = compiled_library()
     if library is None:
         pytest.skip("there is no compiler here")
-    generator = torch.Generator().manual_seed(seed)
-    scores = torch.randn(len(draws), num_entries, generator=generator) * spread
-    hidden = torch.rand(scores.shape, generator=generator) < removed
-    hidden[:, seed % num_entries] = False
-    scores[hidden] = float("-inf")
+    scores = made_up_scores(len(draws), num_entries, spread, removed, seed)
     assert CpuGumbelArgmax(library)(scores, draws) == gumbel_argmax(scores, draws)
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from magicdec.kernels import gumbel, reference, triton_gumbel, triton_steps
 from magicdec.kernels.gumbel import Draw, Role
+from tests.kernels.choices import DRAWS, made_up_scores
 
 GENERATED = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -54,18 +55,7 @@ def test_words_equal_the_reference_bit_for_bit(
     num_entries=st.sampled_from([1, 7, 8, 300, 1024, 1025, 2500]),
     spread=st.floats(0.0, 40.0),
     removed=st.floats(0.0, 0.9),
-    draws=st.lists(
-        st.none()
-        | st.builds(
-            Draw,
-            st.integers(0, 2**64 - 1),
-            st.integers(0, 2**40),
-            st.sampled_from(Role),
-            st.integers(0, 16),
-        ),
-        min_size=1,
-        max_size=4,
-    ),
+    draws=DRAWS,
     seed=st.integers(0, 10_000),
 )
 def test_the_same_entries_are_chosen(
@@ -77,11 +67,7 @@ def test_the_same_entries_are_chosen(
     seed: int,
 ) -> None:
     """Ties among them: a spread of 0 makes all scores equal."""
-    generator = torch.Generator().manual_seed(seed)
-    scores = torch.randn(len(draws), num_entries, generator=generator) * spread
-    hidden = torch.rand(scores.shape, generator=generator) < removed
-    hidden[:, seed % num_entries] = False
-    scores[hidden] = float("-inf")
+    scores = made_up_scores(len(draws), num_entries, spread, removed, seed)
     actual = triton_gumbel.gumbel_argmax(scores.to(device), draws)
     assert actual == gumbel.gumbel_argmax(scores, draws)
 

@@ -11,7 +11,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,8 @@ COLUMNS = {
 }
 
 
-def main() -> None:
-    args = parse_arguments()
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse_arguments(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args.out.mkdir(parents=True, exist_ok=True)
     bandwidth = read_bandwidth(device, 1 << (20 if args.tiny else 32))
@@ -64,12 +64,16 @@ def main() -> None:
         plot(record, args.out / "gpu.png")
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """None: the command line's."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="a folder, for gpu.json")
     parser.add_argument("--tiny", action="store_true", help="one small point of small models")
     parser.add_argument("--plot", action="store_true", help="gpu.png beside it")
-    return parser.parse_args()
+    args = parser.parse_args(arguments)
+    if not (args.tiny or torch.cuda.is_available()):
+        parser.error("there is no CUDA device; --tiny runs on a CPU")
+    return args
 
 
 def describe(device: torch.device) -> str:

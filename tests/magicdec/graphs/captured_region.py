@@ -13,7 +13,7 @@ class Forbidden(AssertionError):
     """A captured region did what a replay cannot."""
 
 
-class CapturedRegion(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class CapturedRegion(TorchDispatchMode):
     """Fails on reading a value, on shapes that depend on one, on numbers from the host, and on
     tensors that are neither made inside nor among the static ones."""
 
@@ -21,7 +21,7 @@ class CapturedRegion(TorchDispatchMode):  # type: ignore[no-untyped-call]
     SHAPES = ("nonzero", "masked_select", "_unique2", "unique_consecutive", "bincount")
 
     def __init__(self, static: list[torch.Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        TorchDispatchMode.__init__(self)
         self._known = {tensor.untyped_storage().data_ptr() for tensor in static}
         self._alive = list(static)  # so that no address comes twice
 
