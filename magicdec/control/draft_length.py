@@ -16,7 +16,7 @@ from magicdec.acceptance.prior import Floats
 from magicdec.acceptance.records import Observation
 from magicdec.batch import Plan
 from magicdec.config import MAX_DRAFT_LENGTH, check_at_least, check_share
-from magicdec.control.exploration import ExplorationAccount
+from magicdec.control.exploration import ExplorationAccount, Trial
 from magicdec.control.request_lengths import Candidate, split_rows, trim_rows
 from magicdec.control.round_costs import RoundCosts, RoundLoad
 from magicdec.control.round_forecast import Forecast, Forecaster
@@ -49,7 +49,7 @@ class RoundChoice:
     plan: Plan
     draft_lengths: Mapping[str, int] = field(default_factory=dict)  # by request key
     explores: bool = False
-    explores_new: bool = False  # because most requests are new while nothing is drafted
+    explores_unseen: bool = False  # what is otherwise not seen: see ExplorationAccount
     predicted_seconds: float = math.nan  # NaN, all three: nothing decodes
     predicted_tokens: float = math.nan
     set_aside_rate: float = math.nan  # tokens/s of the best choice known; an exploring round's loss
@@ -112,12 +112,12 @@ class DraftController:
         if not load.context_lens:
             return RoundChoice(self._plan(self._current[0], 0))
         self._num_left -= 1
-        if self._num_left > 0 and self._standing is not None and _alike(self._standing[0], load):
+        if self._num_left > 0 and self._standing is not None and load.is_like(self._standing[0]):
             return self._standing[1]
         self._num_decisions += 1
         choice = self._weigh(load)
-        is_plain = choice.plan.draft_length == 0
-        self._standing, self._num_left = (load, choice), _PLAIN_STANDS if is_plain else 0
+        stands = choice.plan.draft_length == 0 and not choice.explores
+        self._standing, self._num_left = (load, choice), _PLAIN_STANDS if stands else 0
         return choice
 
     def _weigh(self, load: RoundLoad) -> RoundChoice:
@@ -198,22 +198,26 @@ class DraftController:
         are_new = plain and bool(self._untried)
         if not are_new and self._num_decisions % _LOOK_EVERY:
             return None
-        if not self.exploration.has_credit(float(forecast.seconds[0, 0]), are_new=are_new):
-            return None
-        trial = self.exploration.pick(
-            forecast,
-            self._forecaster.hopeful_tokens(load),
-            best,
-            self._config.leave_plain_gain if plain else self._config.switch_gain,
-            [drafter in self._untried or not are_new for drafter, _ in self._forecaster.settings],
-            are_new=are_new,
-        )
+        trial = self.exploration.pick_plain(forecast, best) or self._pick(forecast, best, are_new)
         if trial is None:
             return None
         self._untried.discard(self._forecaster.settings[trial.setting][0])
         tried = _candidate(forecast, trial.setting, trial.draft_length)
         choice = self._choice(load, tried, best.rate)
-        return replace(choice, explores=True, explores_new=are_new)
+        return replace(choice, explores=True, explores_unseen=trial.of_unseen)
+
+    def _pick(self, forecast: Forecast, best: Candidate, are_new: bool) -> Trial | None:
+        if not self.exploration.has_credit(float(forecast.seconds[0, 0]), of_unseen=are_new):
+            return None
+        plain = best.draft_length == 0
+        return self.exploration.pick(
+            forecast,
+            self._forecaster.hopeful_tokens(forecast.load),
+            best,
+            self._config.leave_plain_gain if plain else self._config.switch_gain,
+            [drafter in self._untried or not are_new for drafter, _ in self._forecaster.settings],
+            of_unseen=are_new,
+        )
 
     def _choice(self, load: RoundLoad, chosen: Candidate, set_aside_rate: float) -> RoundChoice:
         return RoundChoice(
@@ -233,7 +237,7 @@ class DraftController:
         predicted = choice.predicted_seconds
         usable = predicted / MAX_ABSURDITY <= seconds <= predicted * MAX_ABSURDITY
         if usable:
-            self.exploration.pay_in(seconds)
+            self.exploration.pay_in(seconds, is_plain=choice.plan.draft_length == 0)
         else:
             self._num_dropped_times += 1
         if not choice.explores:
@@ -243,13 +247,7 @@ class DraftController:
             num_tokens = len(outcomes) + sum(outcome.num_accepted_tokens for outcome in outcomes)
             taken = seconds if seconds > _SLOW * predicted else predicted
         loss = taken - num_tokens / choice.set_aside_rate
-        self.exploration.charge(loss, are_new=choice.explores_new)
-
-
-def _alike(one: RoundLoad, other: RoundLoad) -> bool:
-    """The same named requests, none of them being prefilled."""
-    named = bool(one.request_keys) and one.request_keys == other.request_keys
-    return named and one.num_prefill_rows == other.num_prefill_rows == 0
+        self.exploration.charge(loss, of_unseen=choice.explores_unseen)
 
 
 def _candidate(forecast: Forecast, setting: int, draft_length: int) -> Candidate:

@@ -1,5 +1,6 @@
 """Trying what is probably worse, to learn: at most a share of the time may be lost by it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,8 +15,12 @@ _MAX_SAVED_ROUNDS = 4.0  # credit beyond so many rounds lapses: no burst after a
 _LAPSE = 0.9  # of it is left a round later: long rounds do not pay for trials in short ones
 _LEAST_LOSS = 0.01  # of a plain round: what looks free is charged that
 _FREE = 0.2  # of a plain round: losses well below it do not make a trial worth more
-_FOR_NEW = 0.5  # of the income is kept for requests that plain decoding has shown nothing of
+_FOR_UNSEEN = 0.5  # of the income is kept for what the choice shows nothing of
 _WITHHELD = 0.1  # of the income: losses are known only afterwards
+# Standard deviation of the logarithm of what a plain round takes, when drafted ones alone show it:
+# after one of them; it grows as the root of their number, to what a profile and a machine may hide.
+_PLAIN_DOUBT = 0.05
+_MOST_PLAIN_DOUBT = 0.4
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +29,7 @@ class Trial:
 
     setting: int
     draft_length: int
+    of_unseen: bool  # of what the choice shows nothing of: which purse pays
 
 
 class ExplorationAccount:
@@ -31,9 +37,10 @@ class ExplorationAccount:
 
     The loss of a round is its time less what its tokens would have taken under the choice that was
     set aside. It must be covered as predicted, and is charged for the tokens that came; a gain is
-    not paid in, so that luck buys no further trials. Two purses: one for batches that are new
-    while nothing is drafted, where a trial may show that the mix has changed, and one for
-    everything else, which would otherwise have spent it all before.
+    not paid in, so that luck buys no further trials. Two purses: one for what the choice shows
+    nothing of, which are drafts for requests that are new while nothing is drafted, and plain
+    decoding while something is; and one for everything else, which would otherwise have spent it
+    all before.
     """
 
     def __init__(self, share: float) -> None:
@@ -43,7 +50,19 @@ class ExplorationAccount:
         self.seconds_lost = 0.0
         self.num_trials = 0
         self._income = share * (1.0 - _WITHHELD)
-        self._credit = {True: 0.0, False: 0.0}  # for requests that are new, and else
+        self._credit = {True: 0.0, False: 0.0}  # for what is unseen, and else
+        self._num_rounds_without_plain = 0
+
+    def pick_plain(self, forecast: Forecast, chosen: Candidate) -> Trial | None:
+        """A plain round, where only drafted ones say what it takes and it may well be faster.
+
+        Drafted rounds that take long look like a slow machine, on which plain ones would be slow.
+        """
+        doubt = min(_PLAIN_DOUBT * math.sqrt(self._num_rounds_without_plain), _MOST_PLAIN_DOUBT)
+        rate, seconds = float(forecast.rates[0, 0]), float(forecast.seconds[0, 0])
+        may_pay = chosen.draft_length > 0 and rate * math.exp(doubt) > chosen.rate
+        affordable = (1.0 - rate / chosen.rate) * seconds <= self._credit[True]
+        return Trial(chosen.setting, 0, of_unseen=True) if may_pay and affordable else None
 
     def pick(
         self,
@@ -53,18 +72,19 @@ class ExplorationAccount:
         margin: float,  # by which another must be better to be chosen
         allowed: Sequence[bool],  # [num_settings]
         *,
-        are_new: bool,
+        of_unseen: bool,
     ) -> Trial | None:
         """The trial of the most hope a second lost, if one may pay and is affordable.
 
         Even hopeful tokens are fewer than if every draft were accepted, so what could not pay then
-        is never tried. Draft length 0 needs no trial, nor do positions that the choice shows.
+        is never tried. Positions that the choice shows need no trial; for draft length 0 see
+        pick_plain.
         """
         seconds, plain = forecast.seconds, float(forecast.seconds[0, 0])
         losses = np.maximum(seconds - forecast.tokens / chosen.rate, _LEAST_LOSS * plain)
         gains = hopeful_tokens / seconds / chosen.rate - 1.0
-        credit = self._credit[are_new]
-        reach = credit if are_new else max(credit, _MAX_SAVED_ROUNDS * plain)
+        credit = self._credit[of_unseen]
+        reach = credit if of_unseen else max(credit, _MAX_SAVED_ROUNDS * plain)
         possible = (gains > margin) & (losses <= reach)
         possible[:, 0] = False
         possible[~np.array(allowed)] = False
@@ -75,22 +95,23 @@ class ExplorationAccount:
         setting, length = np.unravel_index(int(np.argmax(worth)), worth.shape)
         if losses[setting, length] > credit:
             return None  # what is worth most is saved for, or cheap trials would eat all
-        return Trial(int(setting), int(length))
+        return Trial(int(setting), int(length), of_unseen=of_unseen)
 
-    def has_credit(self, plain_seconds: float, *, are_new: bool) -> bool:
+    def has_credit(self, plain_seconds: float, *, of_unseen: bool) -> bool:
         """Whether the cheapest trial could be paid."""
-        return self._credit[are_new] > _LEAST_LOSS * plain_seconds
+        return self._credit[of_unseen] > _LEAST_LOSS * plain_seconds
 
-    def pay_in(self, seconds: float) -> None:
+    def pay_in(self, seconds: float, *, is_plain: bool) -> None:
         """The time of a round, whatever it was."""
         self.seconds += seconds
-        for are_new, share in ((True, _FOR_NEW), (False, 1.0 - _FOR_NEW)):
-            credit = self._credit[are_new]
+        self._num_rounds_without_plain = 0 if is_plain else self._num_rounds_without_plain + 1
+        for of_unseen, share in ((True, _FOR_UNSEEN), (False, 1.0 - _FOR_UNSEEN)):
+            credit = self._credit[of_unseen]
             limit = max(_MAX_SAVED_ROUNDS * seconds, _LAPSE * credit)
-            self._credit[are_new] = min(credit + share * self._income * seconds, limit)
+            self._credit[of_unseen] = min(credit + share * self._income * seconds, limit)
 
-    def charge(self, loss: float, *, are_new: bool) -> None:
+    def charge(self, loss: float, *, of_unseen: bool) -> None:
         """What a trial lost; a gain is not paid in."""
         self.num_trials += 1
         self.seconds_lost += max(loss, 0.0)
-        self._credit[are_new] -= max(loss, 0.0)
+        self._credit[of_unseen] -= max(loss, 0.0)

@@ -41,6 +41,11 @@ class RoundLoad:
                     f"got {len(values)}"
                 )
 
+    def is_like(self, other: "RoundLoad") -> bool:
+        """The same named requests, none of them being prefilled."""
+        named = bool(self.request_keys) and self.request_keys == other.request_keys
+        return named and self.num_prefill_rows == other.num_prefill_rows == 0
+
     def drafting(self, rows: Sequence[int]) -> "RoundLoad":
         """The same verify rows, of which only `rows` are decode rows that may draft.
 

@@ -32,7 +32,7 @@ _SPEED_STEP = 0.025  # by which the machine moves in a round,
 _APART_STEP = 0.01  # and COMPUTE and READ each for itself
 _FLAW_STEP = 0.005  # by which a flaw does, as contexts grow
 _OTHER_LOAD = 0.1  # what all of them gain where the batch is another one
-_ODD = 2.0  # beyond so many, a time alone is a stall, and two in a row are a change
+_ODD = 2.0  # beyond so many, a slow time alone is a stall, and two in a row are a change
 _SPEEDS = slice(0, 2)
 
 
@@ -96,13 +96,15 @@ class StepCorrections:
                 direction[[self._index[kind] for kind in kinds]] += term / predicted
         surprise = math.log(measured_seconds / predicted)
         noise = _NOISE**2 + (_JITTER / predicted) ** 2
+        slow = surprise > 0.0
         if surprise**2 <= _ODD**2 * (float(direction @ self._covariance @ direction) + noise):
             self._odd.pop(step, None)
-        elif self._odd.get(step) is (surprise > 0.0):
+        elif self._odd.get(step) is slow:
             self._covariance[_SPEEDS, _SPEEDS] += surprise**2  # the machine may well be another
         else:
-            self._odd[step] = surprise > 0.0
-            return
+            self._odd[step] = slow
+            if slow:
+                return
         towards = self._covariance @ direction
         variance = float(direction @ towards) + noise
         self._logs = self._logs + towards * (surprise / variance)

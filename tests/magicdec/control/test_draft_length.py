@@ -7,13 +7,17 @@ controller is never told; costs it predicts exactly, and measured times scatter 
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 
+from magicdec.acceptance.model import AcceptanceModel
 from magicdec.acceptance.prior import AcceptanceAxes
+from magicdec.control.draft_length import DraftController
+from magicdec.control.round_costs import RoundLoad
 from tests.magicdec.control.controller_world import (
+    AXES,
     BUDGETS,
     CHAT,
     FACTS,
@@ -167,6 +171,38 @@ def test_requests_that_differ_draft_different_lengths() -> None:
 def test_requests_that_are_alike_draft_alike() -> None:
     played = World(controller(), seed=1).play(LONG, 150)
     assert np.mean([len(p.choice.draft_lengths) == 0 for p in played[20:]]) > 0.8
+
+
+@dataclass
+class Mistaken:
+    """Foresees plain rounds as a third slower than they are until one has shown it."""
+
+    plain_factor: float = 4 / 3
+
+    def seconds(
+        self, load: RoundLoad, drafter: str, draft_length: int, draft_budget: float
+    ) -> float:
+        factor = self.plain_factor if draft_length == 0 else 1.0
+        return factor * Machine().seconds(load, drafter, draft_length, draft_budget)
+
+
+def test_plain_decoding_that_is_faster_than_drafted_rounds_let_it_seem_is_found() -> None:
+    text = Text(constant(0.35), (7000,) * 8, name="middling")
+    assert best_rate(Machine(), text) == plain_rate(Machine(), text)
+    for seed in range(3):
+        costs = Mistaken()
+        subject = DraftController(AcceptanceModel(AXES), costs)
+        world = World(subject, seed=seed)
+        played = []
+        for _ in range(200):
+            played += world.play(text, 1)
+            if played[-1].choice.plan.draft_length == 0:
+                costs.plain_factor = 1.0
+        tried = [i for i, p in enumerate(played) if p.choice.plan.draft_length == 0]
+        assert played[tried[0]].choice.explores and tried[0] > 4
+        late = [p.choice.plan.draft_length for p in played[150:] if not p.choice.explores]
+        assert np.mean(np.equal(late, 0)) > 0.8, "chance may make a draft worth its while"
+        assert subject.exploration.seconds_lost < 0.01 * subject.exploration.seconds
 
 
 def test_outcomes_that_cannot_be_never_move_the_policy() -> None:

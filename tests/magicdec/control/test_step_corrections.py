@@ -106,6 +106,15 @@ def test_a_machine_that_slows_down_in_plain_rounds_slows_drafts_too() -> None:
     assert drafted(corrections) == pytest.approx(machine.drafted(), rel=0.12)
 
 
+def test_a_plain_round_now_and_then_holds_plain_decoding_to_what_it_takes() -> None:
+    """Long drafted rounds move what plain ones seem to take; a fast time is no stall."""
+    corrections, machine = StepCorrections(FLAWS), Machine(rows=2.5, drafts=2.0)
+    for turn in range(120):
+        machine.play(corrections, drafted=turn % 30 != 29)
+    assert plain(corrections) == pytest.approx(machine.plain(), rel=0.12)
+    assert drafted(corrections) == pytest.approx(machine.drafted(), rel=0.1)
+
+
 @settings(max_examples=30, deadline=None)
 @given(stall=st.floats(0.1, 5.0), seed=st.integers(0, 999), drafts=st.booleans())
 def test_one_stall_moves_little(stall: float, seed: int, drafts: bool) -> None:
