@@ -79,17 +79,18 @@ class AcceptanceModel:
         row = Observation(drafter, draft_budget, context_len, *counts, request_key)
         self._learn(self._possible([row]))
 
-    def observe_round(self, observations: Sequence[Observation]) -> None:
-        """All decode rows of a round, in which earlier counts fade; not if none is possible."""
+    def observe_round(self, observations: Sequence[Observation], num_rounds: int = 1) -> None:
+        """All decode rows of a round, or of several that drafted alike, in which earlier counts
+        fade; not if none is possible."""
         rows = self._possible(observations)
         if not rows:
             return
-        self._num_unfaded += 1
+        self._num_unfaded += num_rounds
         drafted = any(row.num_asked > 0 for row in rows)
         if drafted:
             self._fade()
             self._learn(rows)
-        self._num_idle = 0 if drafted else self._num_idle + 1
+        self._num_idle = 0 if drafted else self._num_idle + num_rounds
 
     def expected_tokens(
         self,
@@ -182,10 +183,10 @@ class AcceptanceModel:
 
     def _follow_requests(self, rows: Sequence[Observation]) -> None:
         """Offsets of the rows' requests, drafted for or not, against the cells as they are now."""
-        keyed = [(row.request_key, row.context_len) for row in rows if row.request_key]
-        if keyed:
-            logits, which = self._logits_of([context_len for _, context_len in keyed], False)
-            self._requests.follow([key for key, _ in keyed], logits, which)
+        context_lens = {row.request_key: row.context_len for row in rows if row.request_key}
+        if context_lens:
+            logits, which = self._logits_of(list(context_lens.values()), False)
+            self._requests.follow(list(context_lens), logits, which)
 
     def _fade(self) -> None:
         """By the rounds since the last time: many of them may have been plain."""

@@ -49,15 +49,17 @@ class RequestOffsets:
         accepted: Floats,
         gains: Floats,
     ) -> None:
-        """One round, one row a request. Counts are [num_rows, num_positions], `gains` [2, num_rows]
-        as of likelihood_gains: a request may turn while the others go on as they were."""
+        """One round, one row a request, or several rounds at once that drafted alike. Counts are
+        [num_rows, num_positions], `gains` [2, num_rows] as of likelihood_gains: a request may turn
+        while the others go on as they were."""
         rows = [row for row, key in enumerate(keys) if key]
         slots = [self._slot(key) for key in keys if key]
         cells = (slots, [settings[row] for row in rows])
         families = self._families[cells[1]]  # [num_keyed]
         same = self._families == families[:, None]  # [num_keyed, num_settings]
-        self._num_rounds[slots] += 1
-        sums = np.maximum(self._sums[slots, families] + gains.T[rows], 0.0)  # [num_keyed, 2]
+        np.add.at(self._num_rounds, slots, 1)
+        np.add.at(self._sums, (slots, families.tolist()), gains.T[rows])
+        sums = np.maximum(self._sums[slots, families], 0.0)  # [num_keyed, 2]
         alarm = sums.max(axis=1) > _THRESHOLD
         self._sums[slots, families] = np.where(alarm[:, None], 0.0, sums)
         num_examined = (self._examined[slots].sum(axis=2) * same).sum(axis=1)
@@ -66,7 +68,7 @@ class RequestOffsets:
         keep = np.where(same, fading[:, None], 1.0)[:, :, None]
         for counts, new in ((self._examined, examined), (self._accepted, accepted)):
             counts[slots] *= keep
-            counts[cells] += new[rows]
+            np.add.at(counts, cells, new[rows])
 
     def num_rounds(self, key: str) -> int:
         slot = self._slots.get(key)

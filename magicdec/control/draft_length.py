@@ -5,9 +5,8 @@ acceptance model says they emit and the cost model says they take: MagicDec's Eq
 2408.11049) with measured hazards in place of one acceptance. It knows no scheduler and no clock.
 """
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,9 +14,10 @@ from magicdec.acceptance.model import AcceptanceModel
 from magicdec.acceptance.prior import Floats
 from magicdec.acceptance.records import Observation
 from magicdec.batch import Plan
-from magicdec.config import MAX_DRAFT_LENGTH, check_at_least, check_share
+from magicdec.config import check_at_least, check_share
 from magicdec.control.exploration import ExplorationAccount, Trial
 from magicdec.control.request_lengths import Candidate, split_rows, trim_rows
+from magicdec.control.round_choice import RoundChoice, RowOutcome
 from magicdec.control.round_costs import RoundCosts, RoundLoad
 from magicdec.control.round_forecast import Forecast, Forecaster
 from magicdec.control.step_corrections import MAX_ABSURDITY
@@ -25,6 +25,8 @@ from magicdec.control.step_corrections import MAX_ABSURDITY
 _LOOK_EVERY = 2  # decisions between looks for something to try, where no request is new
 _SLOW = 1.3  # times the predicted seconds: what a trial takes below that is the machine's noise
 _PLAIN_STANDS = 4  # rounds that a plain choice is good for: they show nothing of any drafter
+# Any choice stands for as many rounds as make weighing it a small share of the time, up to that.
+_WEIGHING_SECONDS, _WEIGHING_SHARE, _MOST_STAND = 0.0015, 0.015, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,39 +42,6 @@ class ControllerConfig:
         check_at_least("leave_plain_gain", self.leave_plain_gain, 0)
         check_at_least("switch_gain", self.switch_gain, 0)
         check_share("max_view_share", self.max_view_share)
-
-
-@dataclass(frozen=True, slots=True)
-class RoundChoice:
-    """The plan of one round, and the requests that draft another length than it says."""
-
-    plan: Plan
-    draft_lengths: Mapping[str, int] = field(default_factory=dict)  # by request key
-    explores: bool = False
-    explores_unseen: bool = False  # what is otherwise not seen: see ExplorationAccount
-    predicted_seconds: float = math.nan  # NaN, all three: nothing decodes
-    predicted_tokens: float = math.nan
-    set_aside_rate: float = math.nan  # tokens/s of the best choice known; an exploring round's loss
-
-    def draft_length(self, request_key: str) -> int:
-        return self.draft_lengths.get(request_key, self.plan.draft_length)
-
-
-@dataclass(frozen=True, slots=True)
-class RowOutcome:
-    """What became of one decode row, as the plan had it.
-
-    `draft_length` is what its drafter was asked for; None: as many as it proposed. A row that went
-    by its request's own wish has (0, 0); what it showed is for AcceptanceModel.observe.
-    """
-
-    num_draft_tokens: int
-    num_accepted_tokens: int
-    draft_length: int | None = None
-
-    @property
-    def is_possible(self) -> bool:
-        return 0 <= self.num_accepted_tokens <= self.num_draft_tokens <= MAX_DRAFT_LENGTH
 
 
 class DraftController:
@@ -98,26 +67,36 @@ class DraftController:
         self._num_decisions = 0
         self._standing: tuple[RoundLoad, RoundChoice] | None = None  # of the last decision
         self._num_left = 0  # rounds that it stands for
+        self._unlearnt: list[Observation] = []  # of the rounds since that decision
+        self._num_unlearnt = 0
         self._num_dropped_times = 0
 
     @property
     def num_dropped(self) -> int:
         return self.acceptance.num_dropped + self._num_dropped_times
 
+    @property
+    def hurries(self) -> bool:
+        """Whether the last choice goes on, in rounds too short to look at each."""
+        if self._num_left <= 1 or self._standing is None:
+            return False
+        return _num_hurried(self._standing[1].predicted_seconds) > 1
+
     def choose(self, load: RoundLoad) -> RoundChoice:
         """The next round's plan. Without decode rows it is plain, for the drafter that was last.
 
-        Plain decoding of the same requests is not weighed anew every round.
+        For the same requests, neither plain decoding nor drafts of short rounds are weighed anew
+        every round; as much is learnt a second as from long ones.
         """
         if not load.context_lens:
             return RoundChoice(self._plan(self._current[0], 0))
         self._num_left -= 1
         if self._num_left > 0 and self._standing is not None and load.is_like(self._standing[0]):
             return self._standing[1]
+        self._learn()
         self._num_decisions += 1
         choice = self._weigh(load)
-        stands = choice.plan.draft_length == 0 and not choice.explores
-        self._standing, self._num_left = (load, choice), _PLAIN_STANDS if stands else 0
+        self._standing, self._num_left = (load, choice), _num_standing(choice)
         return choice
 
     def _weigh(self, load: RoundLoad) -> RoundChoice:
@@ -142,21 +121,26 @@ class DraftController:
         if not outcomes:
             return
         keys = load.request_keys or ("",) * len(outcomes)
-        self.acceptance.observe_round(
-            [
-                Observation(
-                    choice.plan.drafter,
-                    choice.plan.draft_budget,
-                    context_len,
-                    outcome.num_draft_tokens,
-                    outcome.num_accepted_tokens,
-                    key or None,
-                    outcome.draft_length,
-                )
-                for context_len, key, outcome in zip(load.context_lens, keys, outcomes, strict=True)
-            ]
-        )
+        self._unlearnt += [
+            Observation(
+                choice.plan.drafter,
+                choice.plan.draft_budget,
+                context_len,
+                outcome.num_draft_tokens,
+                outcome.num_accepted_tokens,
+                key or None,
+                outcome.draft_length,
+            )
+            for context_len, key, outcome in zip(load.context_lens, keys, outcomes, strict=True)
+        ]
+        self._num_unlearnt += 1
+        if self._num_left <= 1:  # the next round is decided anew
+            self._learn()
         self._settle(choice, outcomes, seconds)
+
+    def _learn(self) -> None:
+        self.acceptance.observe_round(self._unlearnt, self._num_unlearnt)
+        self._unlearnt, self._num_unlearnt = [], 0
 
     def _decide(self, rates: Floats) -> tuple[int, int]:
         """Setting and draft length for all rows alike. A plain choice names the best drafter: a
@@ -180,7 +164,7 @@ class DraftController:
         self._was_split = split is not None and split.rate > (1.0 + margin) * best.rate
         if split is not None and self._was_split:
             best = split
-        if best.draft_length > 0:
+        if best.draft_length > 0 and len(forecast.load.context_lens) > 1:
             trimmed = trim_rows(forecast, best, self._forecaster.costs)
             if trimmed.rate > (1.0 + self._config.switch_gain) * best.rate:
                 best = trimmed
@@ -248,6 +232,19 @@ class DraftController:
             taken = seconds if seconds > _SLOW * predicted else predicted
         loss = taken - num_tokens / choice.set_aside_rate
         self.exploration.charge(loss, of_unseen=choice.explores_unseen)
+
+
+def _num_standing(choice: RoundChoice) -> int:
+    """Rounds that a choice is good for, this one among them."""
+    if choice.explores:
+        return 1
+    least = _PLAIN_STANDS if choice.plan.draft_length == 0 else 1
+    return max(least, _num_hurried(choice.predicted_seconds))
+
+
+def _num_hurried(seconds: float) -> int:
+    """Of rounds that take so long, those of which one is weighed and learnt from."""
+    return max(1, min(round(_WEIGHING_SECONDS / (_WEIGHING_SHARE * seconds)), _MOST_STAND))
 
 
 def _candidate(forecast: Forecast, setting: int, draft_length: int) -> Candidate:

@@ -91,6 +91,8 @@ class ProfiledRoundCosts:
 
     def prefill_seconds(self, load: RoundLoad) -> float:
         """What the load's prefill chunks would take without its decode rows."""
+        if load.num_prefill_rows == 0:
+            return 0.0
         chunk = self._shapes.chunk(load.num_prefill_rows, load.prefill_products)
         return self._steps.factor(COMPUTE, PREFILL) * self._profile.added_seconds(0, chunk)
 

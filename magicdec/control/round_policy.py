@@ -7,9 +7,10 @@ from magicdec.acceptance.model import AcceptanceModel
 from magicdec.acceptance.prior import AcceptanceAxes
 from magicdec.batch import Batch, DraftChoice, Plan, ScheduledSequence, SequenceResult, StepResult
 from magicdec.config import AdaptiveConfig, SpeculativeConfig
-from magicdec.control.draft_length import ControllerConfig, DraftController, RoundChoice, RowOutcome
+from magicdec.control.draft_length import ControllerConfig, DraftController
 from magicdec.control.policy_snapshot import PolicySnapshot
 from magicdec.control.profiled_costs import ProfiledRoundCosts
+from magicdec.control.round_choice import RoundChoice, RowOutcome
 from magicdec.control.round_costs import RoundLoad
 from magicdec.drafters.self_draft import POLICIES
 from magicdec.stats import StepForecast
@@ -139,8 +140,9 @@ class AdaptivePolicy:
 
     def observe(self, batch: Batch, result: StepResult, seconds: float) -> None:
         """See RoundPolicy."""
-        self.costs.observe(batch, result)
-        self.costs.observe_overhead(seconds - result.draft_seconds - result.verify_seconds)
+        if not self.controller.hurries:
+            self.costs.observe(batch, result)
+            self.costs.observe_overhead(seconds - result.draft_seconds - result.verify_seconds)
         rows = [
             (share, outcome)
             for share, outcome in zip(batch.sequences, result.sequences, strict=True)

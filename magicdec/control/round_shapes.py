@@ -27,13 +27,14 @@ class RoundShapes:
 
     def rows(self, contexts: Floats, num_rows: int | Floats = 1) -> StepShape:
         """A forward of so many rows a sequence, all alike or [num_sequences]."""
-        seen, counts = self._seen(contexts), np.broadcast_to(num_rows, contexts.shape)
-        return StepShape(
-            int(counts.sum()),
-            float(seen.sum()) * self._bytes_per_token,
-            float(counts @ seen),
-            len(contexts),
-        )
+        seen, count = self._seen(contexts), len(contexts)
+        total = float(seen.sum())
+        if isinstance(num_rows, int):
+            return StepShape(
+                num_rows * count, total * self._bytes_per_token, num_rows * total, count
+            )
+        products = float(num_rows @ seen)
+        return StepShape(int(num_rows.sum()), total * self._bytes_per_token, products, count)
 
     def chunk(self, num_rows: int, products: float) -> StepShape:
         """A prefill chunk, or several; `products` as in RoundLoad."""

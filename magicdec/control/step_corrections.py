@@ -112,8 +112,7 @@ class StepCorrections:
 
     def _loosen(self, variances: Floats, of_both_speeds: float) -> None:
         """Up to what was unknown at the beginning, however long a kind is not seen."""
-        self._covariance = self._covariance + np.diag(np.minimum(variances, self._room()))
-        self._covariance[_SPEEDS, _SPEEDS] += min(of_both_speeds, *self._room()[_SPEEDS])
-
-    def _room(self) -> Floats:
-        return np.maximum(_PRIOR_SPREAD**2 - np.diag(self._covariance), 0.0)
+        known = self._covariance.reshape(-1)[:: len(self._index) + 1]  # its diagonal, in place
+        known += np.minimum(variances, np.maximum(_PRIOR_SPREAD**2 - known, 0.0))
+        room = max(_PRIOR_SPREAD**2 - float(known[_SPEEDS].max()), 0.0)
+        self._covariance[_SPEEDS, _SPEEDS] += min(of_both_speeds, room)

@@ -9,7 +9,8 @@ from magicdec.acceptance.model import AcceptanceModel
 from magicdec.acceptance.prior import AcceptanceAxes
 from magicdec.batch import Plan
 from magicdec.config import MAX_DRAFT_LENGTH, ConfigError, check_at_least, check_at_most
-from magicdec.control.draft_length import DraftController, RoundChoice, RowOutcome
+from magicdec.control.draft_length import DraftController
+from magicdec.control.round_choice import RoundChoice, RowOutcome
 from magicdec.control.round_costs import RoundCosts, RoundLoad
 
 VIEW_DRAFTERS = ("streaming", "snapkv", "recycled")  # the target over draft_budget positions

@@ -8,7 +8,7 @@ prefill, are taken as one, at the cost of their middle.
 import math
 from collections.abc import Sequence
 
-from magicdec.control.draft_length import RowOutcome
+from magicdec.control.round_choice import RowOutcome
 from magicdec.control.round_costs import RoundCosts
 from magicdec.routing.reports import FinishedRequest, LiveRequest, ReplicaReport
 from magicdec.simulation.acceptance_law import AcceptanceLaw

@@ -132,11 +132,12 @@ def compete(
 
 
 def ask(process: Started, task: Task) -> dict[str, object]:
-    """An Answer's fields, or the error that came instead."""
+    """An Answer's fields and whether nothing was kept before, or the error that came instead."""
     if isinstance(process, str):
         return {"error": process}
     try:
-        return asdict(process.ask(task))
+        answer = process.ask(task)
+        return {**asdict(answer), "is_first": process.num_answers == 1}
     except ContenderFailed as error:
         return {"error": str(error)}
 

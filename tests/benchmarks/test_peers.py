@@ -7,7 +7,7 @@ import pytest
 
 from tests.benchmarks.peers.contender import ContenderFailed, ContenderProcess, Spec, start_all
 from tests.benchmarks.peers.contest import Task, Watch
-from tests.benchmarks.peers.report import draw, render
+from tests.benchmarks.peers.report import PREFILL, draw, render
 from tests.generation import random_prompts
 
 MODULES = "tests.benchmarks.peers"
@@ -75,13 +75,20 @@ def test_a_contender_that_cannot_start_is_shown_as_failed(tmp_path: Path) -> Non
     workload = {"name": "short", "batch_size": 1, "context_len": 10}
     place = {"workload": workload, "round": 0}
     answer = {"seconds": 2.0, "num_tokens": 10, "token_ids": [[1, 2, 3, 4, 5]]}
+    begin = {"round": PREFILL, "begin_seconds": 0.1, "seconds": 0.0, "num_tokens": 0}
+    begun = {**answer, **place, **begin, "contender": "magicdec plain"}
+    longer = {"workload": {**workload, "name": "longer"}}
     records = [
+        {**begun, "is_first": True},
+        {**begun, **longer, "is_first": False},
+        {**place, **longer, "contender": "magicdec plain", **answer},
         {**place, "contender": "vllm", "error": found["vllm"]},
         {**place, "contender": "magicdec plain", **answer},
     ]
     table = render(records)
     assert "| short | vllm | failed: ModuleNotFoundError" in table
-    assert "| short | magicdec plain | 5.0 [5.0 .. 5.0] |" in table
+    assert "| short | magicdec plain | 5.0 [5.0 .. 5.0] |  | 100% | 100 |" in table
+    assert "| longer | magicdec plain | 5.0 [5.0 .. 5.0] |  | 100% |  |" in table, "it was kept"
     draw(records, tmp_path / "peers.png")
     assert (tmp_path / "peers.png").stat().st_size > 0
 

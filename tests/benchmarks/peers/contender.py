@@ -46,6 +46,7 @@ class ContenderProcess:
                 start_new_session=True,  # a group of its own, to be stopped whole
             )
         self._log = log
+        self.num_answers = 0
 
     def wait_until_ready(self) -> None:
         """Loads. Raises ContenderFailed."""
@@ -59,11 +60,13 @@ class ContenderProcess:
         try:
             self._process.stdin.write(json.dumps(asdict(task)) + "\n")
             self._process.stdin.flush()
-            return Answer(**self._hear())
+            answer = Answer(**self._hear())
         except BrokenPipeError as error:
             raise ContenderFailed(self._ended()) from error
         finally:
             self._signal(signal.SIGSTOP)
+        self.num_answers += 1
+        return answer
 
     def close(self) -> None:
         self._signal(signal.SIGCONT)

@@ -17,7 +17,7 @@ from tests.benchmarks.peers.specs import BASELINE
 
 PREFILL = -1  # the number of the round in which prompts are computed
 # Colours that people who tell few apart can tell apart (Okabe and Ito).
-_COLOURS = ("#0072B2", "#56B4E9", "#999999", "#E69F00", "#D55E00")
+_COLOURS = ("#0072B2", "#56B4E9", "#999999", "#E69F00", "#D55E00", "#009E73")
 _HEAD = (
     "workload",
     "contender",
@@ -42,7 +42,10 @@ def describe_machine(threads: int, arguments: Sequence[str]) -> dict[str, str | 
 
 
 def render(records: Sequence[Record]) -> str:
-    """Medians over the rounds, [lowest .. highest]; ratios are taken round by round."""
+    """Medians over the rounds, [lowest .. highest]; ratios are taken round by round.
+
+    A prefill rate is that of the first prompts which a process gets: it keeps them.
+    """
     lines = [f"{name}: {value}" for r in records if "run" in r for name, value in r["run"].items()]
     lines += ["", f"| {' | '.join(_HEAD)} |", "| --- " * len(_HEAD) + "|"]
     for workload, contenders in grouped(records).items():
@@ -101,7 +104,7 @@ def _cells(rounds: Sequence[Record], base: dict[int, float]) -> list[str]:
     ratios = [rate / base[number] for number, rate in rates.items() if number in base]
     decoded = [r for r in rounds if r["round"] != PREFILL and "error" not in r]
     grams = statistics.mean(distinct_4grams(r["token_ids"]) for r in decoded)
-    begun = [r for r in rounds if r["round"] == PREFILL and "error" not in r]
+    begun = [r for r in rounds if r["round"] == PREFILL and r.get("is_first")]
     prefill = [_num_prompt_tokens(r) / r["begin_seconds"] for r in begun]
     return [
         _spread(list(rates.values()), ".1f") + (f", {len(failed)} failed" if failed else ""),

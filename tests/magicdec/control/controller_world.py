@@ -8,7 +8,8 @@ import numpy as np
 
 from magicdec.acceptance.model import AcceptanceModel
 from magicdec.acceptance.prior import AcceptanceAxes
-from magicdec.control.draft_length import ControllerConfig, DraftController, RoundChoice, RowOutcome
+from magicdec.control.draft_length import ControllerConfig, DraftController
+from magicdec.control.round_choice import RoundChoice, RowOutcome
 from magicdec.control.round_costs import RoundLoad
 
 VIEWS = ("streaming", "snapkv", "recycled")

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from magicdec.acceptance.model import AcceptanceModel
 from magicdec.acceptance.prior import AcceptanceAxes
 from magicdec.config import ConfigError
-from magicdec.control.draft_length import ControllerConfig, DraftController, RowOutcome
+from magicdec.control.draft_length import ControllerConfig, DraftController
+from magicdec.control.round_choice import RowOutcome
 from magicdec.control.round_costs import RoundLoad
 from tests.magicdec.control.controller_world import AXES, LONG, Machine, World, controller
 from tests.timing import work_units
@@ -39,6 +40,39 @@ def controlled(gains: dict[tuple[str, int, float], float]) -> tuple[DraftControl
     acceptance = AcceptanceModel(AXES)
     costs = Costs(acceptance, gains)
     return DraftController(acceptance, costs, ControllerConfig(exploration_share=0.0)), costs
+
+
+def test_in_short_rounds_a_choice_stands_and_all_that_it_showed_is_learnt_after_it() -> None:
+    """Rounds below 10 ms: weighed and learnt from once in eight, unless the requests change."""
+    machine = Machine(0.004, 2e-5, 1e-6, 2e-8, 1e-10, draft_step=5e-5, draft_per_sequence=1e-6)
+    subject = controller(machine, exploration_share=0.0)
+    load = LONG.load()
+    first = subject.choose(load)
+    assert first.plan.draft_length > 0 and first.predicted_seconds < 0.012
+    rows = [RowOutcome(first.plan.draft_length, 1)] * len(load.context_lens)
+    for _ in range(7):
+        subject.observe(load, first, rows, 0.01)
+        assert subject.hurries and subject.choose(load) is first
+    assert subject.acceptance.num_rounds("long0") == 0
+    subject.observe(load, first, rows, 0.01)
+    assert subject.acceptance.num_rounds("long0") == 8
+    second = subject.choose(load)
+    assert second.plan.draft_length < first.plan.draft_length
+    subject.observe(load, second, rows, 0.01)
+    fewer = replace(LONG, contexts=LONG.contexts[1:]).load()
+    assert subject.choose(fewer) is not second
+    assert subject.acceptance.num_rounds("long0") == 9
+
+
+def test_in_long_rounds_every_one_is_weighed_and_learnt_from() -> None:
+    subject = controller(exploration_share=0.0)
+    load = LONG.load()
+    choice = subject.choose(load)
+    assert not subject.hurries
+    rows = [RowOutcome(choice.plan.draft_length, 1)] * len(load.context_lens)
+    subject.observe(load, choice, rows, choice.predicted_seconds)
+    assert subject.acceptance.num_rounds("long0") == 1
+    assert subject.choose(load) is not choice
 
 
 def test_plain_is_left_for_more_than_the_margin_alone() -> None:

@@ -12,7 +12,8 @@ from magicdec.acceptance.model import AcceptanceModel
 from magicdec.acceptance.prior import AcceptanceAxes
 from magicdec.batch import Plan
 from magicdec.config import MAX_DRAFT_LENGTH, ConfigError
-from magicdec.control.draft_length import ControllerConfig, DraftController, RoundChoice, RowOutcome
+from magicdec.control.draft_length import ControllerConfig, DraftController
+from magicdec.control.round_choice import RoundChoice, RowOutcome
 from magicdec.control.round_costs import RoundLoad
 from magicdec.simulation.acceptance_law import AcceptanceLaw
 from magicdec.simulation.drafting import AdaptiveDrafting, Drafts

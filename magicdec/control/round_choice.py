@@ -1,0 +1,41 @@
+"""What was chosen for one round, and what became of it."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from magicdec.batch import Plan
+from magicdec.config import MAX_DRAFT_LENGTH
+
+
+@dataclass(frozen=True, slots=True)
+class RoundChoice:
+    """The plan of one round, and the requests that draft another length than it says."""
+
+    plan: Plan
+    draft_lengths: Mapping[str, int] = field(default_factory=dict)  # by request key
+    explores: bool = False
+    explores_unseen: bool = False  # what is otherwise not seen: see ExplorationAccount
+    predicted_seconds: float = math.nan  # NaN, all three: nothing decodes
+    predicted_tokens: float = math.nan
+    set_aside_rate: float = math.nan  # tokens/s of the best choice known; an exploring round's loss
+
+    def draft_length(self, request_key: str) -> int:
+        return self.draft_lengths.get(request_key, self.plan.draft_length)
+
+
+@dataclass(frozen=True, slots=True)
+class RowOutcome:
+    """What became of one decode row, as the plan had it.
+
+    `draft_length` is what its drafter was asked for; None: as many as it proposed. A row that went
+    by its request's own wish has (0, 0); what it showed is for AcceptanceModel.observe.
+    """
+
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    draft_length: int | None = None
+
+    @property
+    def is_possible(self) -> bool:
+        return 0 <= self.num_accepted_tokens <= self.num_draft_tokens <= MAX_DRAFT_LENGTH
