@@ -49,7 +49,7 @@ def draw(records: Sequence[Record], path: Path) -> None:
         memory.plot(lens, needed, "o-", color=colour, markersize=4)
         for axes, last in ((rates, found[-1][ADAPTIVE]), (memory, needed[-1])):
             place = (lens[-1], last)
-            axes.annotate(f"  {batch}", place, color=colour, va="center", annotation_clip=False)
+            axes.annotate(f"  {batch}", place, color=colour, va="center", fontsize=8)
     rates.set_yscale("log", base=2)
     rates.plot([], [], "o-", color="#444444", markersize=4, label="adaptive")
     rates.plot([], [], "--", color="#444444", linewidth=1.2, label="plain")
