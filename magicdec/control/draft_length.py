@@ -67,6 +67,7 @@ class DraftController:
         self._num_decisions = 0
         self._standing: tuple[RoundLoad, RoundChoice] | None = None  # of the last decision
         self._num_left = 0  # rounds that it stands for
+        self._goes_on = False  # whether the round is not the first of them
         self._unlearnt: list[Observation] = []  # of the rounds since that decision
         self._num_unlearnt = 0
         self._num_dropped_times = 0
@@ -77,8 +78,8 @@ class DraftController:
 
     @property
     def hurries(self) -> bool:
-        """Whether the last choice goes on, in rounds too short to look at each."""
-        if self._num_left <= 1 or self._standing is None:
+        """Whether the round goes on as the last one did, and they are too short to look at each."""
+        if self._standing is None or not self._goes_on:
             return False
         return _num_hurried(self._standing[1].predicted_seconds) > 1
 
@@ -89,10 +90,13 @@ class DraftController:
         every round; as much is learnt a second as from long ones.
         """
         if not load.context_lens:
+            self._goes_on = False
             return RoundChoice(self._plan(self._current[0], 0))
         self._num_left -= 1
-        if self._num_left > 0 and self._standing is not None and load.is_like(self._standing[0]):
-            return self._standing[1]
+        standing = self._standing if self._num_left > 0 else None
+        self._goes_on = standing is not None and load.is_like(standing[0])
+        if standing is not None and self._goes_on:
+            return standing[1]
         self._learn()
         self._num_decisions += 1
         choice = self._weigh(load)

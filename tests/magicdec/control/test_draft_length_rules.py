@@ -52,15 +52,18 @@ def test_in_short_rounds_a_choice_stands_and_all_that_it_showed_is_learnt_after_
     rows = [RowOutcome(first.plan.draft_length, 1)] * len(load.context_lens)
     for _ in range(7):
         subject.observe(load, first, rows, 0.01)
-        assert subject.hurries and subject.choose(load) is first
+        assert subject.choose(load) is first and subject.hurries
     assert subject.acceptance.num_rounds("long0") == 0
     subject.observe(load, first, rows, 0.01)
     assert subject.acceptance.num_rounds("long0") == 8
     second = subject.choose(load)
+    assert not subject.hurries, "what it takes is looked at"
     assert second.plan.draft_length < first.plan.draft_length
     subject.observe(load, second, rows, 0.01)
+    assert subject.choose(load) is second and subject.hurries
+    assert subject.choose(RoundLoad(())) and not subject.hurries, "a prompt alone"
     fewer = replace(LONG, contexts=LONG.contexts[1:]).load()
-    assert subject.choose(fewer) is not second
+    assert subject.choose(fewer) is not second and not subject.hurries
     assert subject.acceptance.num_rounds("long0") == 9
 
 
@@ -68,11 +71,10 @@ def test_in_long_rounds_every_one_is_weighed_and_learnt_from() -> None:
     subject = controller(exploration_share=0.0)
     load = LONG.load()
     choice = subject.choose(load)
-    assert not subject.hurries
     rows = [RowOutcome(choice.plan.draft_length, 1)] * len(load.context_lens)
     subject.observe(load, choice, rows, choice.predicted_seconds)
     assert subject.acceptance.num_rounds("long0") == 1
-    assert subject.choose(load) is not choice
+    assert subject.choose(load) is not choice and not subject.hurries
 
 
 def test_plain_is_left_for_more_than_the_margin_alone() -> None:
