@@ -58,6 +58,7 @@ class DraftController:
         config: ControllerConfig | None = None,
     ) -> None:
         self.acceptance = acceptance
+        self.hurries = False  # the round repeats the last one, and they are too short to time each
         self._config = ControllerConfig() if config is None else config
         self._forecaster = Forecaster(acceptance, costs, self._config.max_view_share)
         self.exploration = ExplorationAccount(self._config.exploration_share)
@@ -67,7 +68,6 @@ class DraftController:
         self._num_decisions = 0
         self._standing: tuple[RoundLoad, RoundChoice] | None = None  # of the last decision
         self._num_left = 0  # rounds that it stands for
-        self._goes_on = False  # whether the round is not the first of them
         self._unlearnt: list[Observation] = []  # of the rounds since that decision
         self._num_unlearnt = 0
         self._num_dropped_times = 0
@@ -76,27 +76,19 @@ class DraftController:
     def num_dropped(self) -> int:
         return self.acceptance.num_dropped + self._num_dropped_times
 
-    @property
-    def hurries(self) -> bool:
-        """Whether the round goes on as the last one did, and they are too short to look at each."""
-        if self._standing is None or not self._goes_on:
-            return False
-        return _num_hurried(self._standing[1].predicted_seconds) > 1
-
     def choose(self, load: RoundLoad) -> RoundChoice:
         """The next round's plan. Without decode rows it is plain, for the drafter that was last.
 
         For the same requests, neither plain decoding nor drafts of short rounds are weighed anew
         every round; as much is learnt a second as from long ones.
         """
+        self.hurries = False
         if not load.context_lens:
-            self._goes_on = False
             return RoundChoice(self._plan(self._current[0], 0))
         self._num_left -= 1
-        standing = self._standing if self._num_left > 0 else None
-        self._goes_on = standing is not None and load.is_like(standing[0])
-        if standing is not None and self._goes_on:
-            return standing[1]
+        if self._num_left > 0 and self._standing is not None and load.is_like(self._standing[0]):
+            self.hurries = _num_hurried(self._standing[1].predicted_seconds) > 1
+            return self._standing[1]
         self._learn()
         self._num_decisions += 1
         choice = self._weigh(load)
@@ -168,6 +160,7 @@ class DraftController:
         self._was_split = split is not None and split.rate > (1.0 + margin) * best.rate
         if split is not None and self._was_split:
             best = split
+        # A lone row's shorter drafts are among what was weighed.
         if best.draft_length > 0 and len(forecast.load.context_lens) > 1:
             trimmed = trim_rows(forecast, best, self._forecaster.costs)
             if trimmed.rate > (1.0 + self._config.switch_gain) * best.rate:

@@ -61,7 +61,8 @@ class ExplorationAccount:
         doubt = min(_PLAIN_DOUBT * math.sqrt(self._num_rounds_without_plain), _MOST_PLAIN_DOUBT)
         rate, seconds = float(forecast.rates[0, 0]), float(forecast.seconds[0, 0])
         may_pay = chosen.draft_length > 0 and rate * math.exp(doubt) > chosen.rate
-        affordable = (1.0 - rate / chosen.rate) * seconds <= self._credit[True]
+        loss = max(1.0 - rate / chosen.rate, _LEAST_LOSS) * seconds
+        affordable = loss <= self._credit[True]
         return Trial(chosen.setting, 0, of_unseen=True) if may_pay and affordable else None
 
     def pick(

@@ -112,7 +112,7 @@ class StepCorrections:
 
     def _loosen(self, variances: Floats, of_both_speeds: float) -> None:
         """Up to what was unknown at the beginning, however long a kind is not seen."""
-        known = self._covariance.reshape(-1)[:: len(self._index) + 1]  # its diagonal, in place
+        known = np.einsum("ii->i", self._covariance)  # its diagonal, to be written to
         known += np.minimum(variances, np.maximum(_PRIOR_SPREAD**2 - known, 0.0))
         room = max(_PRIOR_SPREAD**2 - float(known[_SPEEDS].max()), 0.0)
         self._covariance[_SPEEDS, _SPEEDS] += min(of_both_speeds, room)

@@ -63,3 +63,10 @@ def test_a_trial_of_plain_decoding_is_paid_before_the_next_one() -> None:
     assert is_plain_tried(account, 1.2)
     account.charge(0.4, of_unseen=True)
     assert not is_plain_tried(account, 1.2)
+
+
+def test_nothing_is_tried_where_no_time_may_be_lost() -> None:
+    account = ExplorationAccount(0.0)
+    for _ in range(60):
+        account.pay_in(1.5, is_plain=False)
+    assert not is_plain_tried(account, 1.0)
