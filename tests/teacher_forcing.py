@@ -4,6 +4,7 @@ The draft proposes what the plain stream says, so a verify pass sees that stream
 row; whatever the row chooses is noted, and the stream goes on as it was.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -20,6 +21,8 @@ from magicdec.sampler import Proposal, Sampler, SamplerRow
 from magicdec.types import Request, RequestOutput
 from tests.generation import run
 
+_BF16_FRACTION_BITS = 7
+
 Streams = dict[int, list[int]]
 """Seed -> prompt and plain output: seeds name the requests, greedy ones too."""
 
@@ -32,9 +35,12 @@ class Divergence:
     position: int
     gap: float  # of the two tokens' scores plus noise, in the verify pass
     threshold_gap: float  # of one of the two to its top-k, top-p or min-p threshold; inf: none
+    bf16_step: float  # between neighbouring bf16 numbers at the row's largest logit, as a score
 
-    def is_tie(self, epsilon: float) -> bool:
-        return min(abs(self.gap), self.threshold_gap) < epsilon
+    @property
+    def num_steps(self) -> float:
+        """The smaller gap, in steps."""
+        return min(abs(self.gap), self.threshold_gap) / self.bf16_step
 
 
 @dataclass(slots=True)
@@ -112,7 +118,10 @@ class TeacherForced:
                 threshold = whole.max() + np.log(row.sampling.min_p)
             threshold_gap = float(min(abs(whole[t] - threshold) for t in (token, plain)))
         gap = float((scores + noise)[token] - (scores + noise)[plain])
-        return Divergence(row.sampling.seed, row.position, gap, threshold_gap)
+        largest = float(logits.float().abs().max())
+        step = 2.0 ** (math.floor(math.log2(largest)) - _BF16_FRACTION_BITS)
+        step /= row.sampling.temperature or 1.0
+        return Divergence(row.sampling.seed, row.position, gap, threshold_gap, step)
 
 
 def plain_streams(engine: Engine, requests: list[Request]) -> Streams:

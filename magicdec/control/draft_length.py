@@ -176,10 +176,13 @@ class DraftController:
             self._untried = {drafter for drafter, _ in self._forecaster.settings}
             if not plain:
                 self._untried.discard(self._forecaster.settings[best.setting][0])
+        looks = self._num_decisions % _LOOK_EVERY == 0
         are_new = plain and bool(self._untried)
-        if not are_new and self._num_decisions % _LOOK_EVERY:
-            return None
-        trial = self.exploration.pick_plain(forecast, best) or self._pick(forecast, best, are_new)
+        trial = self.exploration.pick_plain(forecast, best) if looks else None
+        if trial is None and are_new:
+            trial = self._pick(forecast, best, are_new=True)
+        if trial is None and looks:  # that purse is not held up by what the other cannot pay
+            trial = self._pick(forecast, best, are_new=False)
         if trial is None:
             return None
         self._untried.discard(self._forecaster.settings[trial.setting][0])
@@ -187,7 +190,7 @@ class DraftController:
         choice = self._choice(load, tried, best.rate)
         return replace(choice, explores=True, explores_unseen=trial.of_unseen)
 
-    def _pick(self, forecast: Forecast, best: Candidate, are_new: bool) -> Trial | None:
+    def _pick(self, forecast: Forecast, best: Candidate, *, are_new: bool) -> Trial | None:
         if not self.exploration.has_credit(float(forecast.seconds[0, 0]), of_unseen=are_new):
             return None
         plain = best.draft_length == 0

@@ -14,6 +14,7 @@ from magicdec.control.round_forecast import Forecast
 _MAX_SAVED_ROUNDS = 4.0  # credit beyond so many rounds lapses: no burst after a quiet day
 _LAPSE = 0.9  # of it is left a round later: long rounds do not pay for trials in short ones
 _LEAST_LOSS = 0.01  # of a plain round: what looks free is charged that
+_CHEAP = 0.25  # of the credit: what so little buys is tried while something dearer is saved for
 _FREE = 0.2  # of a plain round: losses well below it do not make a trial worth more
 _FOR_UNSEEN = 0.5  # of the income is kept for what the choice shows nothing of
 _WITHHELD = 0.1  # of the income: losses are known only afterwards
@@ -95,7 +96,12 @@ class ExplorationAccount:
         worth = np.where(possible, gains / (losses + _FREE * plain), 0.0)
         setting, length = np.unravel_index(int(np.argmax(worth)), worth.shape)
         if losses[setting, length] > credit:
-            return None  # what is worth most is saved for, or cheap trials would eat all
+            # What is worth most is saved for, or cheap trials would eat all; one that leaves most
+            # of the savings need not wait for it.
+            worth[losses > _CHEAP * credit] = 0.0
+            setting, length = np.unravel_index(int(np.argmax(worth)), worth.shape)
+        if worth[setting, length] <= 0.0:
+            return None
         return Trial(int(setting), int(length), of_unseen=of_unseen)
 
     def has_credit(self, plain_seconds: float, *, of_unseen: bool) -> bool:

@@ -27,9 +27,10 @@ from tests.conftest import engine_config
 from tests.generation import random_prompts, requests_of
 from tests.teacher_forcing import Verdict, plain_streams, replay
 
-# Scores are logits over temperature. bf16 keeps 8 bits, so a pass of another shape moves a score of
-# these models by up to so much (the tiny one computes in bf16 too); the largest gap is printed.
-EPSILON = 0.5
+# A pass of another shape rounds elsewhere: each of two scores moves by a bf16 step or two of the
+# largest logit. That is 0.25 at the logits of 32 and more that SmolLM2 has, and 0.36 as a score at
+# temperature 0.7, so no gap in scores holds for all rows. The largest gap is printed.
+EPSILON_STEPS = 4.0
 BASE = SamplingParams(temperature=1.0, ignore_eos=True)
 KINDS = [
     replace(BASE, temperature=0.0),
@@ -72,13 +73,13 @@ def seeded(prompts: list[list[int]], max_tokens: int) -> list[Request]:
 def check(verdict: Verdict, num_positions: int) -> None:
     assert verdict.num_positions == num_positions
     count = len(verdict.divergences)
-    largest = max((min(d.gap, d.threshold_gap) for d in verdict.divergences), default=0.0)
+    largest = max((d.num_steps for d in verdict.divergences), default=0.0)
     at_threshold = sum(d.threshold_gap < d.gap for d in verdict.divergences)
     print(
         f"{num_positions} positions, {count} near-ties fell the other way, {at_threshold} of them "
-        f"at a threshold; largest gap {largest:.3f}"
+        f"at a threshold; largest gap {largest:.2f} bf16 steps"
     )
-    assert [d for d in verdict.divergences if not d.is_tie(EPSILON)] == []
+    assert [d for d in verdict.divergences if d.num_steps > EPSILON_STEPS] == []
 
 
 @pytest.mark.parametrize("draft_length", [0, 4])
@@ -112,7 +113,7 @@ def test_a_pass_that_computes_other_scores_is_not_taken_for_a_tie(tiny_model_dir
     engines = [Engine(config, LocalExecutor(config), tokenizer, facts) for _ in range(2)]
     streams = plain_streams(engines[0], requests)
     verdict = replay(engines[1], requests, streams, Wrong(facts.eos_token_ids))
-    assert any(not d.is_tie(EPSILON) for d in verdict.divergences)
+    assert any(d.num_steps > EPSILON_STEPS for d in verdict.divergences)
 
 
 @pytest.fixture

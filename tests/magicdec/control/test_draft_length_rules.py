@@ -237,6 +237,25 @@ def test_what_cannot_pay_with_every_draft_accepted_is_never_tried(
         subject.observe(load, choice, [RowOutcome(0, 0)] * batch, step)
 
 
+def test_trials_for_new_requests_that_cannot_be_paid_hold_up_no_others() -> None:
+    """Of two purses one is spent; what the other holds is used, on any drafter."""
+    acceptance = AcceptanceModel(AXES)
+    costs = Costs(acceptance, {("recycled", 1, 512): 0.01})
+    subject = DraftController(acceptance, costs, ControllerConfig(exploration_share=0.01))
+    load = replace(LOAD, request_keys=("a", "b", "c", "d"))
+    for _ in range(100):
+        subject.exploration.pay_in(1.0, is_plain=True)
+    subject.exploration.charge(10.0, of_unseen=True)
+    choices = []
+    for _ in range(16):
+        choices.append(subject.choose(load))
+        rows = [RowOutcome(choices[-1].plan.draft_length, 0)] * 4
+        subject.observe(load, choices[-1], rows, choices[-1].predicted_seconds)
+    assert choices[0].plan.draft_length == 0
+    tried = [choice for choice in choices if choice.explores]
+    assert tried and not any(choice.explores_unseen for choice in tried)
+
+
 def test_no_share_no_trial() -> None:
     played = World(controller(exploration_share=0.0)).play(LONG, 200)
     assert not any(p.choice.explores for p in played)

@@ -70,3 +70,23 @@ def test_nothing_is_tried_where_no_time_may_be_lost() -> None:
     for _ in range(60):
         account.pay_in(1.5, is_plain=False)
     assert not is_plain_tried(account, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("num_rounds", "tried"),
+    [(6, None), (14, Trial(0, 1, of_unseen=False)), (200, Trial(1, 1, of_unseen=False))],
+)
+def test_while_the_best_trial_is_saved_for_one_that_leaves_most_of_it_is_made(
+    num_rounds: int, tried: Trial | None
+) -> None:
+    """Losses of 0.01 and 0.5 s; the dear one promises so much that it is worth more."""
+    account = ExplorationAccount(0.01)
+    for _ in range(num_rounds):
+        account.pay_in(1.0, is_plain=True)
+    seconds = np.array([[1.0, 1.01], [1.0, 1.5]])
+    tokens, hopeful = np.array([[1.0, 1.0]] * 2), np.array([[1.0, 1.1], [1.0, 6.0]])
+    forecast = Forecast(RoundLoad((7000,)), np.empty(0), tokens, seconds, tokens / seconds)
+    trial = account.pick(
+        forecast, hopeful, Candidate(0, 0, 1.0, 1.0), 0.03, [True, True], of_unseen=False
+    )
+    assert trial == tried
