@@ -120,7 +120,7 @@ def play(bench: Bench, number: int, phase: Phase, prompts: list[list[int]], args
 def render(records: Sequence[dict[str, Any]]) -> str:
     lines = [f"{name}: {value}" for r in records if "run" in r for name, value in r["run"].items()]
     lines += ["", "| phase | plain tokens/s | best of plain and fixed | adaptive / that | spread |"]
-    lines[-1] += " seconds | choice at round 8 | its rate / the best measured |"
+    lines[-1] += " seconds | choice at round 8 | its rate / the best of its segment |"
     lines.append("| --- " * 8 + "|")
     phases: dict[int, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
@@ -144,11 +144,11 @@ def render(records: Sequence[dict[str, Any]]) -> str:
 
 def _settled(arms: dict[str, list[dict[str, Any]]]) -> tuple[str, float]:
     """What the adaptive arm chose most from the eighth round on, trials aside, and its rate over
-    that of the best plan that any arm measured in the phase."""
+    that of the best plan that any arm measured in that segment: later answers differ."""
     tokens: dict[str, int] = defaultdict(int)
     seconds: dict[str, float] = defaultdict(float)
     for found in arms.values():
-        for record in found:
+        for record in found[:1]:
             for played in record["rounds"]:
                 plan = played["plan"].removesuffix(TRIAL)
                 tokens[plan] += played["num_tokens"]
