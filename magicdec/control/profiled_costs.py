@@ -7,6 +7,7 @@ import numpy as np
 from magicdec.batch import Batch, StepResult
 from magicdec.config import MAX_DRAFT_LENGTH, SpeculativeConfig
 from magicdec.control.round_costs import RoundLoad
+from magicdec.control.round_overhead import RoundOverhead
 from magicdec.control.round_shapes import RoundShapes
 from magicdec.control.step_bounds import Speeds, step_bounds, with_drafts
 from magicdec.control.step_corrections import COMPUTE, EXTRA_ROWS, READ, StepCorrections
@@ -16,8 +17,6 @@ from magicdec.draft_choice import TRAITS
 from magicdec.profiling.step_profile import PREFILL, StepProfile, begin_kind, observe_kind
 from magicdec.roofline import ModelGeometry
 
-_OVERHEAD_RATE = 0.1
-_MAX_OVERHEAD = 1.0  # seconds: something else held the process up
 _MOST_ROWS = MAX_DRAFT_LENGTH + 1  # of a sequence in a verify forward
 _ANOTHER_LOAD = 1.25  # times the K/V, or other rows: what was learnt is less sure
 DRAFT_KINDS = frozenset(draft_kind(drafter) for drafter in TRAITS)
@@ -47,7 +46,7 @@ class ProfiledRoundCosts:
         flaws = (EXTRA_ROWS, PREFILL, *sorted(self._kinds & DRAFT_KINDS))
         self._steps = StepCorrections(flaws)
         self._last_load = (0, 0.0)  # decode rows and their K/V bytes, as observed
-        self._overhead = 0.0  # of a round beside its forwards
+        self.overhead = RoundOverhead()
         # Of the load that was asked about last, until a correction moves.
         self._load: RoundLoad | None = None
         self._contexts: Floats = np.empty(0)
@@ -101,18 +100,14 @@ class ProfiledRoundCosts:
         if load is not self._load:
             self._weigh(load)
         chunk = self._shapes.chunk(load.num_prefill_rows, load.prefill_products)
+        overhead = self.overhead.seconds(drafted=draft_length > 0)
         return step_bounds(
             self._profile.model.cost(VERIFY),
             self._profile.model.cost(PREFILL),
             with_drafts(self._plain, draft_length),
             chunk,
-            Speeds(self._steps.factor(COMPUTE), self._steps.factor(READ), self._overhead),
+            Speeds(self._steps.factor(COMPUTE), self._steps.factor(READ), overhead),
         )
-
-    def observe_overhead(self, seconds: float) -> None:
-        """What a round took beside its forwards. One that cannot be moves nothing."""
-        if 0.0 <= seconds < _MAX_OVERHEAD:
-            self._overhead += _OVERHEAD_RATE * (seconds - self._overhead)
 
     def observe(self, batch: Batch, result: StepResult) -> None:
         """A step that ran and its times, each against what the profile says of just that step."""
@@ -143,9 +138,10 @@ class ProfiledRoundCosts:
         decode = [0.0] * _MOST_ROWS
         if num_rows > 0:
             decode = self._profile.seconds_by_rows(VERIFY, self._plain, _MOST_ROWS)
-        plain = self._overhead + reading * read + compute * (decode[0] - read)
+        plain = reading * read + compute * (decode[0] - read)
         self._forwards = [
-            plain
+            self.overhead.seconds(drafted=n > 1)
+            + plain
             + extra * (seconds - decode[0])
             + prefill * self._profile.added_seconds(num_rows * n, chunk)
             for n, seconds in enumerate(decode, start=1)

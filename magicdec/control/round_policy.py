@@ -142,7 +142,10 @@ class AdaptivePolicy:
         """See RoundPolicy."""
         if not self.controller.hurries:
             self.costs.observe(batch, result)
-            self.costs.observe_overhead(seconds - result.draft_seconds - result.verify_seconds)
+            self.costs.overhead.observe(
+                seconds - result.draft_seconds - result.verify_seconds,
+                drafted=any(s.draft_length > 0 for s in batch.sequences),
+            )
         rows = [
             (share, outcome)
             for share, outcome in zip(batch.sequences, result.sequences, strict=True)

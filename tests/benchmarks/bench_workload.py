@@ -5,10 +5,12 @@ python -m tests.benchmarks.bench_workload --report --out workload.jsonl
 
 All arms take turns on one live batch, round by round, and begin anew with other seeds several times
 a phase. The adaptive policy sees its own rounds alone: its first one of a phase is the first that
-it hears of the new mix.
+it hears of the new mix. How it begins is repeated before, each time by a copy of it as the phase
+before left it; what it has chosen after 8 rounds then runs as a fixed arm beside the others.
 """
 
 import argparse
+import copy
 import math
 import statistics
 from collections import defaultdict
@@ -18,14 +20,18 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from magicdec.batch import Plan
+from magicdec.control.round_policy import FixedPolicy, RoundPolicy
 from magicdec.deployments.embedded_model import EMBEDDED_MODEL_NAME
-from magicdec.deployments.live_bench import PLAIN, TRIAL
+from magicdec.deployments.live_bench import PLAIN, TRIAL, Segment
 from tests.benchmarks.bench_grid import append, read_records
 from tests.benchmarks.policy_arms import ADAPTIVE, ARMS, FIXED, Bench, describe
 
 _BLOCK = 64
 _SETTLED_ROUNDS = 8  # after which the choice should be right
 _JUDGED_ROUNDS = 8  # from there on
+_REPLAYED_SECONDS = 3.0  # of plain decoding, in which a choice is judged
+_WITHIN = 0.95  # of the best
 _LOOK_UPS = 24  # in a prompt, after its table
 _ROW = 5  # tokens of a table
 
@@ -64,6 +70,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", default=[PLAIN, *list(FIXED)[:3], ADAPTIVE])
     parser.add_argument("--seconds", type=float, default=60.0, help="of plain decoding, a phase")
     parser.add_argument("--segments", type=int, default=12, help="into which a phase is cut")
+    parser.add_argument("--repeats", type=int, default=6, help="of how each phase begins")
     parser.add_argument("--out", type=Path, required=True, help="JSONL, appended to")
     parser.add_argument("--report", action="store_true", help="print what the file holds")
     args = parser.parse_args()
@@ -86,6 +93,8 @@ def run(args: argparse.Namespace) -> None:
         else:
             prompts = bench.token_prompts(ids, phase.batch_size, phase.context_len)
         bench.prefill(prompts)
+        for repeat in range(args.repeats):
+            append(args.out, settle(bench, number, phase, prompts, args.arms, repeat))
         play(bench, number, phase, prompts, args)
 
 
@@ -100,6 +109,41 @@ def look_ups(random: Random, num_tokens: int) -> list[int]:
     table = [[*row(), mark, *row()] for _ in range(-(-(num_tokens - num_answered) // _ROW))]
     asked = random.choices(table, k=_LOOK_UPS)
     return [token for line in table + asked for token in line][-num_tokens:]
+
+
+def settle(
+    bench: Bench,
+    number: int,
+    phase: Phase,
+    prompts: list[list[int]],
+    arms: Sequence[str],
+    repeat: int,
+) -> dict[str, Any]:
+    """What a copy of the adaptive policy has chosen after 8 rounds, and the tokens/s of that as a
+    fixed arm and of the others, over the same text."""
+
+    def play_once(policies: dict[str, RoundPolicy], num_rounds: int) -> dict[str, Segment]:
+        seed = 1000 * number + 500 + repeat
+        return bench.live.compare(
+            policies, prompts, num_rounds, seed=seed, temperature=phase.temperature
+        )
+
+    learner = {ADAPTIVE: copy.deepcopy(bench.policy(ADAPTIVE))}
+    begun = play_once(learner, _SETTLED_ROUNDS + _JUDGED_ROUNDS)[ADAPTIVE]
+    choice = settled_on([played.plan for played in begun.rounds])
+    probe = play_once({PLAIN: bench.policy(PLAIN)}, 4)[PLAIN]
+    num_rounds = max(round(_REPLAYED_SECONDS * len(probe.rounds) / probe.seconds), 16)
+    fixed = {arm: bench.policy(arm) for arm in arms if arm != ADAPTIVE}
+    chosen = {} if choice == PLAIN else {choice: FixedPolicy(_plan(choice))}
+    found = play_once(fixed | chosen, num_rounds)
+    rates = {arm: segment.rate for arm, segment in found.items()}
+    return {"phase": number, "name": phase.name, "choice": choice, "rates": rates}
+
+
+def _plan(label: str) -> Plan:
+    """Of a round's name."""
+    drafter, length, _, budget = label.split()
+    return Plan(drafter, int(length), float(budget))
 
 
 def play(bench: Bench, number: int, phase: Phase, prompts: list[list[int]], args: Any) -> None:
@@ -120,49 +164,49 @@ def play(bench: Bench, number: int, phase: Phase, prompts: list[list[int]], args
 def render(records: Sequence[dict[str, Any]]) -> str:
     lines = [f"{name}: {value}" for r in records if "run" in r for name, value in r["run"].items()]
     lines += ["", "| phase | plain tokens/s | best of plain and fixed | adaptive / that | spread |"]
-    lines[-1] += " seconds | choice at round 8 | its rate / the best of its segment |"
+    lines[-1] += " seconds | choices within 5 % after 8 rounds | each, its rate / the best |"
     lines.append("| --- " * 8 + "|")
     phases: dict[int, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         if "arm" in record:
             phases[record["phase"]][record["arm"]].append(record)
-    for arms in phases.values():
+    for number, arms in phases.items():
         rates = {
             arm: [r["num_tokens"] / r["seconds"] for r in found] for arm, found in arms.items()
         }
         best = max(set(rates) - {ADAPTIVE}, key=lambda arm: _mean(rates[arm]))
         ratios = [a / b for a, b in zip(rates[ADAPTIVE], rates[best], strict=True)]
         seconds = sum(r["seconds"] for r in arms[ADAPTIVE])
-        choice, share = _settled(arms)
+        near, each = describe_choices(
+            [r for r in records if "choice" in r and r["phase"] == number]
+        )
         lines.append(
             f"| {arms[PLAIN][0]['name']} | {statistics.median(rates[PLAIN]):.1f} | {best} "
             f"{_mean(rates[best]) / _mean(rates[PLAIN]):.2f}x | {_mean(ratios):.3f} "
-            f"| {min(ratios):.2f}-{max(ratios):.2f} | {seconds:.0f} | {choice} | {share:.2f} |"
+            f"| {min(ratios):.2f}-{max(ratios):.2f} | {seconds:.0f} | {near} | {each} |"
         )
     return "\n".join(lines)
 
 
-def _settled(arms: dict[str, list[dict[str, Any]]]) -> tuple[str, float]:
-    """What the adaptive arm chose most from the eighth round on, trials aside, and its rate over
-    that of the best plan that any arm measured in that segment: later answers differ."""
-    tokens: dict[str, int] = defaultdict(int)
-    seconds: dict[str, float] = defaultdict(float)
-    for found in arms.values():
-        for record in found[:1]:
-            for played in record["rounds"]:
-                plan = played["plan"].removesuffix(TRIAL)
-                tokens[plan] += played["num_tokens"]
-                seconds[plan] += played["seconds"]
-    rates = {plan: tokens[plan] / seconds[plan] for plan in tokens if seconds[plan] > 2.0}
-    played_rounds = [r["plan"] for record in arms[ADAPTIVE] for r in record["rounds"]]
+def settled_on(plans: Sequence[str]) -> str:
+    """What was chosen most from the eighth round on, trials aside."""
     judged = [
         plan
-        for plan in played_rounds[_SETTLED_ROUNDS : _SETTLED_ROUNDS + _JUDGED_ROUNDS]
+        for plan in plans[_SETTLED_ROUNDS : _SETTLED_ROUNDS + _JUDGED_ROUNDS]
         if not plan.endswith(TRIAL)
     ]
-    choice = max(set(judged), key=judged.count)
-    rate = tokens[choice] / seconds[choice]
-    return choice, rate / max([*rates.values(), rate])
+    return max(set(judged), key=judged.count)
+
+
+def describe_choices(records: Sequence[dict[str, Any]]) -> tuple[str, str]:
+    """Of one phase: how many are near the best, and what each was and its share of the best."""
+    shares = [r["rates"][r["choice"]] / max(r["rates"].values()) for r in records]
+    if not shares:
+        return "-", "-"
+    near = sum(share >= _WITHIN for share in shares)
+    summary = f"{near} of {len(shares)}, median {statistics.median(shares):.2f}"
+    names = zip((r["choice"] for r in records), shares, strict=True)
+    return summary, ", ".join(f"{choice} {share:.2f}" for choice, share in names)
 
 
 def _mean(values: Sequence[float]) -> float:

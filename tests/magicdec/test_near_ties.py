@@ -29,8 +29,9 @@ from tests.teacher_forcing import Verdict, plain_streams, replay
 
 # A pass of another shape rounds elsewhere: each of two scores moves by a bf16 step or two of the
 # largest logit. That is 0.25 at the logits of 32 and more that SmolLM2 has, and 0.36 as a score at
-# temperature 0.7, so no gap in scores holds for all rows. The largest gap is printed.
-EPSILON_STEPS = 4.0
+# temperature 0.7, so no gap in scores holds for all rows. The largest gap is printed: 1.94 steps in
+# 20,160 positions of the embedded model where its linears are bf16.
+EPSILON_STEPS = 3.0
 BASE = SamplingParams(temperature=1.0, ignore_eos=True)
 KINDS = [
     replace(BASE, temperature=0.0),
@@ -49,17 +50,37 @@ class Bf16Executor(LocalExecutor):
         module = AutoModelForCausalLM.from_pretrained(
             config.model.path, dtype=torch.bfloat16, attn_implementation="eager"
         )
+        self.damage(module)
         narrow = describe_model(module, "bfloat16")
         self._runner = ModelRunner(narrow, config)
         self._runner.allocate_cache(self._runner.num_affordable_blocks())
 
+    def damage(self, module: torch.nn.Module) -> None:
+        """None here."""
 
-def judge(config: EngineConfig, requests: list[Request], executor: type[LocalExecutor]) -> Verdict:
+
+class OneHeadMissing(Bf16Executor):
+    """The planted fault: a head of one layer in the middle says nothing."""
+
+    def damage(self, module: torch.nn.Module) -> None:
+        layer = module.get_submodule("model.layers.15.self_attn.o_proj")
+        assert isinstance(layer, torch.nn.Linear)
+        with torch.no_grad():
+            layer.weight[:, :64] = 0.0
+
+
+def judge(
+    config: EngineConfig,
+    requests: list[Request],
+    executor: type[LocalExecutor],
+    verifier: type[LocalExecutor] | None = None,
+) -> Verdict:
+    """Streams by one executor, verify passes by the other or the same."""
     path = config.model.path
     facts = read_model_facts(path)
     engine = Engine(config, executor(config), load_tokenizer(path), facts)
     streams = plain_streams(engine, requests)
-    engine = Engine(config, executor(config), load_tokenizer(path), facts)
+    engine = Engine(config, (verifier or executor)(config), load_tokenizer(path), facts)
     return replay(engine, requests, streams, Sampler(facts.eos_token_ids))
 
 
@@ -124,15 +145,12 @@ def every_core() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.usefixtures("every_core")
-def test_in_bf16_the_embedded_model_differs_at_near_ties_alone() -> None:
-    """20,160 positions: 16 streams of 1,260 tokens at 400 to 2,100 tokens of context."""
+def embedded(max_tokens: int, num_streams: int) -> tuple[EngineConfig, list[Request]]:
+    """Streams from contexts of 400 tokens and more."""
     path = resolve_model(EMBEDDED_MODEL_NAME)
     ids = load_tokenizer(path)(inspect.getsource(turtle))["input_ids"]
     assert isinstance(ids, list)
-    prompts = [ids[1000 * i : 1000 * i + 400 + 30 * i] for i in range(16)]
+    prompts = [ids[1000 * i : 1000 * i + 400 + 30 * i] for i in range(num_streams)]
     config = engine_config(
         Path(path),
         draft_length=4,
@@ -143,4 +161,25 @@ def test_in_bf16_the_embedded_model_differs_at_near_ties_alone() -> None:
         max_num_seqs=16,
         dtype="bfloat16",
     )
-    check(judge(config, seeded(prompts, 1260), LocalExecutor), 20_160)
+    return config, seeded(prompts, max_tokens)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.usefixtures("every_core")
+def test_in_bf16_the_embedded_model_differs_at_near_ties_alone() -> None:
+    """20,160 positions: 16 streams of 1,260 tokens at 400 to 2,100 tokens of context."""
+    config, requests = embedded(1260, 16)
+    check(judge(config, requests, LocalExecutor), 20_160)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("every_core")
+def test_one_missing_head_of_the_embedded_model_is_not_taken_for_ties() -> None:
+    """Of 270; gaps of 22 steps. All linears in bf16, so that scores are as coarse as they get."""
+    config, requests = embedded(160, 12)
+    verdict = judge(config, requests, Bf16Executor, OneHeadMissing)
+    largest = max(d.num_steps for d in verdict.divergences)
+    print(f"{len(verdict.divergences)} of {verdict.num_positions} differ, by up to {largest:.1f}")
+    assert largest > EPSILON_STEPS

@@ -188,7 +188,7 @@ def test_time_around_the_forwards_is_part_of_a_round() -> None:
     after = policy.costs.seconds(load, "recycled", 0, 24)
     assert after - factor * before == pytest.approx(0.05, rel=0.02)
     for wrong in (float("nan"), float("inf"), -1.0, 1e9):
-        policy.costs.observe_overhead(wrong)
+        policy.costs.overhead.observe(wrong, drafted=False)
     assert policy.costs.seconds(load, "recycled", 0, 24) == after
 
 
