@@ -11,20 +11,13 @@ class RoundOverhead:
     """
 
     def __init__(self) -> None:
-        self._plain: float | None = None
-        self._drafted: float | None = None
+        self._seconds: dict[bool, float] = {}  # by whether the round was drafted
 
     def seconds(self, *, drafted: bool) -> float:
-        own, other = (self._drafted, self._plain) if drafted else (self._plain, self._drafted)
-        return own if own is not None else other or 0.0
+        return self._seconds.get(drafted, self._seconds.get(not drafted, 0.0))
 
     def observe(self, seconds: float, *, drafted: bool) -> None:
         """One round's. A time that cannot be moves nothing."""
-        if not 0.0 <= seconds < _MOST:
-            return
-        before = self.seconds(drafted=drafted)
-        after = before + _RATE * (seconds - before)
-        if drafted:
-            self._drafted = after
-        else:
-            self._plain = after
+        if 0.0 <= seconds < _MOST:
+            before = self.seconds(drafted=drafted)
+            self._seconds[drafted] = before + _RATE * (seconds - before)
