@@ -29,7 +29,7 @@ _REFIT_SWEEPS, _MERGE_SWEEPS = 2, 20
 _LEAST_HAZARD = 0.003
 
 # What a hopeful estimate adds, in logits: halved after _HOPE_WEIGHT examined drafts.
-_DRAFTER_HOPE = 2.0  # for a drafter not seen lately
+_DRAFTER_HOPE = 1.0  # for a drafter not seen lately
 _CELL_HOPE = 0.5  # for a cell that was never examined
 _REQUEST_HOPE = 2.0  # a unit of the variance of the request's offset
 _HOPE_WEIGHT = 8.0

@@ -31,7 +31,7 @@ _FIRST_BUCKET_BITS = 7
 # They lead until something is seen.
 _LEVEL = 1.85  # streaming, 512 positions, 8,192 tokens
 _DRAFTER_LOGITS = {"snapkv": 0.2, "recycled": 0.45, "draft_model": -1.0, "ngram": -3.5}
-_LOGIT_PER_BUDGET_DOUBLING = 0.5
+_LOGIT_PER_BUDGET_DOUBLING = 0.45
 _LOGIT_PER_CONTEXT_DOUBLING = -0.07
 _REFERENCE_BUDGET, _REFERENCE_BUCKET = 512, 7
 

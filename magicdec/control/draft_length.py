@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from magicdec.acceptance.model import AcceptanceModel
-from magicdec.acceptance.prior import Floats
 from magicdec.acceptance.records import Observation
 from magicdec.batch import Plan
 from magicdec.config import check_at_least, check_share
@@ -24,9 +23,7 @@ from magicdec.control.step_corrections import MAX_ABSURDITY
 
 _LOOK_EVERY = 2  # decisions between looks for something to try, where no request is new
 _SLOW = 1.3  # times the predicted seconds: what a trial takes below that is the machine's noise
-_PLAIN_STANDS = 4  # rounds that a plain choice is good for: they show nothing of any drafter
-# Any choice stands for as many rounds as make weighing it a small share of the time, up to that.
-_WEIGHING_SECONDS, _WEIGHING_SHARE, _MOST_STAND = 0.0015, 0.015, 8
+_PATIENCE = 3  # rounds in a row after which plain decoding was foreseen to win: one is no proof
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +60,7 @@ class DraftController:
         self._forecaster = Forecaster(acceptance, costs, self._config.max_view_share)
         self.exploration = ExplorationAccount(self._config.exploration_share)
         self._current = (0, 0)  # setting and draft length, for all rows, trials aside
+        self._num_worse = 0  # rounds in a row after which plain decoding was predicted to win
         self._was_split = False
         self._untried: set[str] = set()  # drafters, of requests that came while nothing is drafted
         self._num_decisions = 0
@@ -87,17 +85,17 @@ class DraftController:
             return RoundChoice(self._plan(self._current[0], 0))
         self._num_left -= 1
         if self._num_left > 0 and self._standing is not None and load.is_like(self._standing[0]):
-            self.hurries = _num_hurried(self._standing[1].predicted_seconds) > 1
+            self.hurries = self._standing[1].is_short
             return self._standing[1]
         self._learn()
         self._num_decisions += 1
         choice = self._weigh(load)
-        self._standing, self._num_left = (load, choice), _num_standing(choice)
+        self._standing, self._num_left = (load, choice), choice.num_rounds
         return choice
 
     def _weigh(self, load: RoundLoad) -> RoundChoice:
         forecast = self._forecaster.forecast(load)
-        setting, length = self._current = self._decide(forecast.rates)
+        setting, length = self._current = self._decide(forecast)
         best = _candidate(forecast, setting, length)
         if load.request_keys:
             best = self._own_lengths(forecast, best)
@@ -138,19 +136,33 @@ class DraftController:
         self.acceptance.observe_round(self._unlearnt, self._num_unlearnt)
         self._unlearnt, self._num_unlearnt = [], 0
 
-    def _decide(self, rates: Floats) -> tuple[int, int]:
+    def _decide(self, forecast: Forecast) -> tuple[int, int]:
         """Setting and draft length for all rows alike. A plain choice names the best drafter: a
-        prompt's last chunk seeds its view."""
+        prompt's last chunk seeds its view.
+
+        Plain decoding shows nothing of the drafts: to leave them takes more than one prediction.
+        """
+        rates = forecast.rates
         plain, now = rates[0, 0], rates[self._current]
         setting, length = divmod(int(np.argmax(rates[:, 1:])), rates.shape[1] - 1)
         best = rates[setting, length + 1]
         if self._current[1] == 0:
             leaves = best > (1.0 + self._config.leave_plain_gain) * plain
             return (setting, length + 1) if leaves else (setting, 0)
-        if best <= plain:
+        self._num_worse = 0 if best > plain else self._num_worse + self._num_stood()
+        if best <= plain and (self._num_worse >= _PATIENCE or not self._may_pay(forecast, setting)):
+            self._num_worse = 0
             return (setting, 0)
         switches = best > (1.0 + self._config.switch_gain) * now
         return (setting, length + 1) if switches else self._current
+
+    def _num_stood(self) -> int:
+        """Rounds that the last decision was kept for."""
+        return 1 if self._standing is None else self._standing[1].num_rounds - self._num_left
+
+    def _may_pay(self, forecast: Forecast, setting: int) -> bool:
+        hopeful = self._forecaster.hopeful_tokens(forecast.load)[setting]
+        return bool((hopeful / forecast.seconds[setting]).max() > forecast.rates[0, 0])
 
     def _own_lengths(self, forecast: Forecast, best: Candidate) -> Candidate:
         split = split_rows(forecast, best, self._forecaster.costs)
@@ -221,7 +233,7 @@ class DraftController:
         predicted = choice.predicted_seconds
         usable = predicted / MAX_ABSURDITY <= seconds <= predicted * MAX_ABSURDITY
         if usable:
-            self.exploration.pay_in(seconds, is_plain=choice.plan.draft_length == 0)
+            self.exploration.pay_in(seconds, predicted, is_plain=choice.plan.draft_length == 0)
         else:
             self._num_dropped_times += 1
         if not choice.explores:
@@ -232,19 +244,6 @@ class DraftController:
             taken = seconds if seconds > _SLOW * predicted else predicted
         loss = taken - num_tokens / choice.set_aside_rate
         self.exploration.charge(loss, of_unseen=choice.explores_unseen)
-
-
-def _num_standing(choice: RoundChoice) -> int:
-    """Rounds that a choice is good for, this one among them."""
-    if choice.explores:
-        return 1
-    least = _PLAIN_STANDS if choice.plan.draft_length == 0 else 1
-    return max(least, _num_hurried(choice.predicted_seconds))
-
-
-def _num_hurried(seconds: float) -> int:
-    """Of rounds that take so long, those of which one is weighed and learnt from."""
-    return max(1, min(round(_WEIGHING_SECONDS / (_WEIGHING_SHARE * seconds)), _MOST_STAND))
 
 
 def _candidate(forecast: Forecast, setting: int, draft_length: int) -> Candidate:

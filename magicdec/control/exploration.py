@@ -21,6 +21,8 @@ _WITHHELD = 0.1  # of the income: losses are known only afterwards
 # Standard deviation of the logarithm of what a plain round takes, when drafted ones alone show it:
 # after one of them; it grows as the root of their number, to what a profile and a machine may hide.
 _PLAIN_DOUBT = 0.05
+_CONFIRMED_DOUBT = 0.02  # the same where the last plain round took what was foreseen
+_CONFIRMED = 1.15  # times that, or a part of it, at most
 _MOST_PLAIN_DOUBT = 0.4
 
 
@@ -53,13 +55,15 @@ class ExplorationAccount:
         self._income = share * (1.0 - _WITHHELD)
         self._credit = {True: 0.0, False: 0.0}  # for what is unseen, and else
         self._num_rounds_without_plain = 0
+        self._plain_doubt = _PLAIN_DOUBT
 
     def pick_plain(self, forecast: Forecast, chosen: Candidate) -> Trial | None:
         """A plain round, where only drafted ones say what it takes and it may well be faster.
 
         Drafted rounds that take long look like a slow machine, on which plain ones would be slow.
         """
-        doubt = min(_PLAIN_DOUBT * math.sqrt(self._num_rounds_without_plain), _MOST_PLAIN_DOUBT)
+        doubt = self._plain_doubt * math.sqrt(self._num_rounds_without_plain)
+        doubt = min(doubt, _MOST_PLAIN_DOUBT)
         rate, seconds = float(forecast.rates[0, 0]), float(forecast.seconds[0, 0])
         may_pay = chosen.draft_length > 0 and rate * math.exp(doubt) > chosen.rate
         loss = max(1.0 - rate / chosen.rate, _LEAST_LOSS) * seconds
@@ -108,10 +112,13 @@ class ExplorationAccount:
         """Whether the cheapest trial could be paid."""
         return self._credit[of_unseen] > _LEAST_LOSS * plain_seconds
 
-    def pay_in(self, seconds: float, *, is_plain: bool) -> None:
-        """The time of a round, whatever it was."""
+    def pay_in(self, seconds: float, foreseen: float, *, is_plain: bool) -> None:
+        """The time of a round, whatever it was, and what it was foreseen to take."""
         self.seconds += seconds
         self._num_rounds_without_plain = 0 if is_plain else self._num_rounds_without_plain + 1
+        if is_plain:
+            confirmed = foreseen / _CONFIRMED <= seconds <= foreseen * _CONFIRMED
+            self._plain_doubt = _CONFIRMED_DOUBT if confirmed else _PLAIN_DOUBT
         for of_unseen, share in ((True, _FOR_UNSEEN), (False, 1.0 - _FOR_UNSEEN)):
             credit = self._credit[of_unseen]
             limit = max(_MAX_SAVED_ROUNDS * seconds, _LAPSE * credit)

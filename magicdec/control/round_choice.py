@@ -7,10 +7,14 @@ from dataclasses import dataclass, field
 from magicdec.batch import Plan
 from magicdec.config import MAX_DRAFT_LENGTH
 
+_PLAIN_STANDS = 4  # rounds that a plain choice is good for: they show nothing of any drafter
+# Any choice stands for as many rounds as make weighing it a small share of the time, up to that.
+_WEIGHING_SECONDS, _WEIGHING_SHARE, _MOST_STAND = 0.0015, 0.015, 8
+
 
 @dataclass(frozen=True, slots=True)
 class RoundChoice:
-    """The plan of one round, and the requests that draft another length than it says."""
+    """The plan of a round, and the requests that draft another length than it says."""
 
     plan: Plan
     draft_lengths: Mapping[str, int] = field(default_factory=dict)  # by request key
@@ -22,6 +26,23 @@ class RoundChoice:
 
     def draft_length(self, request_key: str) -> int:
         return self.draft_lengths.get(request_key, self.plan.draft_length)
+
+    @property
+    def num_rounds(self) -> int:
+        """That the choice is good for, while the requests are the same."""
+        if self.explores:
+            return 1
+        return max(_PLAIN_STANDS if self.plan.draft_length == 0 else 1, self._num_hurried)
+
+    @property
+    def is_short(self) -> bool:
+        """Whether weighing every such round would take much of the time."""
+        return self._num_hurried > 1
+
+    @property
+    def _num_hurried(self) -> int:
+        rounds = round(_WEIGHING_SECONDS / (_WEIGHING_SHARE * self.predicted_seconds))
+        return max(1, min(rounds, _MOST_STAND))
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 
 from magicdec.batch import StepResult
 from magicdec.config import EngineConfig
@@ -52,7 +53,7 @@ def profile_executor(
     profiler = _Profiler(executor, pool, samples, sampling or SamplingParams(), clock)
     num_taken = profiler.run(started + seconds, _MOST_OF_TIME * seconds)
     logger.info("profile: %d shapes in %.1f s", num_taken, clock() - started)
-    return samples.fit()
+    return replace(samples.fit(), num_shapes=num_taken)
 
 
 class _Profiler:
@@ -73,39 +74,50 @@ class _Profiler:
         self._clock = clock
         self._sequence_ids = itertools.count()
         self._known: tuple[int, ...] = ()  # to drafters
-        self._roofline_seconds = self._step_seconds = 0.0
+        self._steps: list[tuple[float, float]] = []  # seconds by the roofline, and how many times
 
     def run(self, deadline: float, most_seconds: float) -> int:
         """Returns how many measurements were taken."""
-        num_taken = 0
+        num_taken, goes_on = 0, True
         queues = MeasurementPlan(self._pool).queues()
-        while any(queues):
+        while goes_on:
+            goes_on = False
             for queue in queues:
                 chosen = self._next(queue, min(deadline - self._clock(), most_seconds))
                 if chosen is not None:
                     self._take(chosen)
-                    num_taken += 1
+                    num_taken, goes_on = num_taken + 1, True
         if self._known:
             # Ids leave with a step. This one's own stay unknown: nobody drafts for it.
             self._step(Probe(1, 1), self._new_ids(1))
         return num_taken
 
     def _next(self, queue: deque[Measurement], seconds: float) -> Measurement | None:
-        """The first that is expected to take no longer, or else what there is instead of it; those
-        before it are dropped.
+        """The first that is expected to take no longer, or else what there is instead of it.
 
         A measurement takes all of its probes once at least, as long as by the roofline and by how
         far that was off until now.
         """
-        slower = self._step_seconds / self._roofline_seconds if self._roofline_seconds else 1.0
-        while queue:
-            chosen: Measurement | None = queue.popleft()
+        slower = self._slowdown()
+        for place, measurement in enumerate(queue):
+            chosen: Measurement | None = measurement
             while chosen is not None:
                 roofline = sum(self._samples.roofline_seconds(probe) for probe in chosen.probes)
                 if slower * roofline <= seconds:
+                    del queue[place]
                     return chosen
                 chosen = chosen.instead
         return None
+
+    def _slowdown(self) -> float:
+        """How many times the roofline steps take, by half of its seconds: one stall moves no
+        median, and what short steps take beside it says little of the long ones."""
+        left = sum(roofline for roofline, _ in self._steps) / 2
+        for roofline, times in sorted(self._steps, key=lambda step: step[1]):
+            left -= roofline
+            if left <= 0.0:
+                return times
+        return 1.0
 
     def _take(self, measurement: Measurement) -> None:
         started, count = self._clock(), measurement.timed[0].batch_size
@@ -133,8 +145,8 @@ class _Profiler:
         batch = self._pool.batch(probe, ids, self._sampling, advance, released)
         started = self._clock()
         result = self._executor.execute(batch)
-        self._step_seconds += self._clock() - started
-        self._roofline_seconds += self._samples.roofline_seconds(probe)
+        roofline = self._samples.roofline_seconds(probe)
+        self._steps.append((roofline, (self._clock() - started) / roofline))
         return result
 
     def _new_ids(self, count: int) -> tuple[int, ...]:

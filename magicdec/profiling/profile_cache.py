@@ -27,7 +27,8 @@ from magicdec.profiling.step_profile import StepProfile
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1  # raised when what is written changes its meaning
+_FORMAT = 2  # raised when what is written changes its meaning
+_LEAST_SHAPES = 12  # of some 40; fewer, where a busy machine left no time, may be far off
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,11 @@ def cached_profile(
         profile = _read(path, key, kinds)
         if profile is None:
             profile = build()
+            if (profile.num_shapes or 0) < _LEAST_SHAPES:
+                logger.warning(
+                    "profile %s is of %s shapes, fewer than %d, and may be far off: it will be "
+                    "measured again at the next start", path, profile.num_shapes, _LEAST_SHAPES,
+                )  # fmt: skip
             _write(path, key, profile)
     return profile
 
@@ -154,9 +160,13 @@ def _parse(text: str, key: ProfileKey, kinds: Collection[str]) -> StepProfile:
     missing = sorted(set(kinds) - costs.keys())
     if missing:
         raise ValueError(f"it has no cost of {', '.join(missing)}")
+    num_shapes = content.get("num_shapes")
+    if type(num_shapes) is not int or num_shapes < _LEAST_SHAPES:
+        raise ValueError(f"it was made of {num_shapes!r} shapes, fewer than {_LEAST_SHAPES}")
     profile = StepProfile(
         CostModel({kind: _parse_cost(kind, cost) for kind, cost in costs.items()}),
         tuple(_parse_row(row) for row in rows),
+        num_shapes,
     )
     if not profile.seconds(VERIFY, StepShape(1, 0.0, 0.0, 1)) > 0.0:
         raise ValueError("a step takes no time in it")
@@ -192,6 +202,7 @@ def _write(path: Path, key: ProfileKey, profile: StepProfile) -> None:
         "key": asdict(key),
         "costs": {kind: asdict(cost) for kind, cost in profile.model.costs.items()},
         "row_seconds": profile.row_seconds,
+        "num_shapes": profile.num_shapes,
     }
     try:
         partial = path.with_suffix(".partial")

@@ -46,12 +46,14 @@ class StepProfile:
     Matrix products of few rows take other times than reading the weights or computing on them:
     libraries change their ways from one row to many. `row_seconds` are (rows, seconds) at which a
     forward of the target takes so much longer than the model says, or shorter; between them and
-    down to nothing at _CURVE_END it is interpolated. Raises ValueError for rows that do not ascend
-    from 1 to MAX_CURVE_ROWS, and for seconds that are not finite.
+    down to nothing at _CURVE_END it is interpolated. `num_shapes` were timed; None: nothing was.
+    Raises ValueError for rows that do not ascend from 1 to MAX_CURVE_ROWS, and for seconds that are
+    not finite.
     """
 
     model: CostModel
     row_seconds: tuple[tuple[int, float], ...] = ()
+    num_shapes: int | None = None
     _departures: tuple[float, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

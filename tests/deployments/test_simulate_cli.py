@@ -97,10 +97,11 @@ def profile_of(model: str, folder: Path, settings: str = "", **changes: Any) -> 
     cost = asdict(StepCost(1e-2, 5e-2, 1e-3, 1e-10, 1e-8, 1e-3))
     kinds = (VERIFY, PREFILL, draft_kind("recycled"))
     content = {
-        "format": 1,
+        "format": 2,
         "key": asdict(key),
         "costs": dict.fromkeys(kinds, cost),
         "row_seconds": [[1, 1e-3], [8, -1e-3]],
+        "num_shapes": 40,
     }
     path = folder / "profile.json"
     path.write_text(json.dumps({**content, **changes}))

@@ -100,8 +100,17 @@ def test_drafts_change_for_a_smaller_margin_and_end_where_they_lose() -> None:
     assert subject.choose(LOAD).plan.draft_length > 0  # what is left is left for a gain
     load = replace(LOAD, num_prefill_rows=512)
     costs.gains[second] = -0.001
+    for _ in range(2):
+        assert subject.choose(load).plan.draft_length == 5  # one bad round is no proof
     plan = subject.choose(load).plan
     assert (plan.drafter, plan.draft_length) == ("recycled", 0)  # it prepares the likeliest
+
+
+def test_drafts_end_at_once_where_even_luck_could_not_make_them_pay() -> None:
+    subject, costs = controlled({("recycled", 4, 512): 0.2})
+    assert subject.choose(LOAD).plan.draft_length == 4
+    costs.gains["recycled", 4, 512] = -0.9
+    assert subject.choose(replace(LOAD, num_prefill_rows=64)).plan.draft_length == 0
 
 
 @pytest.mark.parametrize(
@@ -244,7 +253,7 @@ def test_trials_for_new_requests_that_cannot_be_paid_hold_up_no_others() -> None
     subject = DraftController(acceptance, costs, ControllerConfig(exploration_share=0.01))
     load = replace(LOAD, request_keys=("a", "b", "c", "d"))
     for _ in range(100):
-        subject.exploration.pay_in(1.0, is_plain=True)
+        subject.exploration.pay_in(1.0, 1.0, is_plain=True)
     subject.exploration.charge(10.0, of_unseen=True)
     choices = []
     for _ in range(16):

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
+from magicdec.batch import Batch, StepResult
 from magicdec.config import (
     CacheConfig,
     DraftModelConfig,
@@ -108,6 +109,21 @@ def test_noise_and_stalled_steps_do_not_bend_the_profile() -> None:
     ]
     assert statistics.median(wrong) < 0.08
     assert np.quantile(wrong, 0.95) < 0.30
+
+
+@pytest.mark.parametrize("stalled_step", [0, 1, 2, 5])
+def test_one_stall_does_not_leave_the_other_shapes_out(stalled_step: int) -> None:
+    """Two seconds of eight are lost by it, and no more is: what follows is not thought as slow."""
+
+    class Stalling(PlantedExecutor):
+        def execute(self, batch: Batch) -> StepResult:
+            self.now += 2.0 if self.num_steps == stalled_step else 0.0
+            return super().execute(batch)
+
+    steady, stalling = planted(), Stalling(CONFIG, 1000, MAX_MODEL_LEN)
+    profile(steady, 6.0)
+    profile(stalling, 8.0)
+    assert stalling.num_steps > 0.8 * steady.num_steps
 
 
 def test_every_kind_of_step_has_a_cost() -> None:

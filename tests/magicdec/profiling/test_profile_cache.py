@@ -20,8 +20,8 @@ from magicdec.profiling.step_profile import PREFILL, StepProfile
 from tests.conftest import engine_config
 from tests.magicdec.profiling.planted_executor import DEVICE, PLANTED
 
-PROFILE = StepProfile(CostModel(dict(PLANTED)), ((1, -0.001), (4, 0.02)))
-OTHER = StepProfile(CostModel({**PLANTED, VERIFY: PLANTED[PREFILL]}))
+PROFILE = StepProfile(CostModel(dict(PLANTED)), ((1, -0.001), (4, 0.02)), 40)
+OTHER = StepProfile(CostModel({**PLANTED, VERIFY: PLANTED[PREFILL]}), num_shapes=12)
 KEY = ProfileKey("0123", "bfloat16", "", "a CPU", "torch-flash-cpu", 1, 2, "{}", "test 1")
 KINDS = frozenset(PLANTED)
 RANK = RankDevice("a CPU", 2, 4, DEVICE)
@@ -82,6 +82,8 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "rows in part": (lambda c: c.update(row_seconds=[[0.5, 0.1]]), "row_seconds holds"),
     "rows that are nan": (lambda c: c.update(row_seconds=[[1, float("nan")]]), "must be finite"),
+    "few shapes": (lambda c: c.update(num_shapes=11), "made of 11 shapes, fewer than 12"),
+    "no number of shapes": (lambda c: c.pop("num_shapes"), "made of None shapes"),
     "another format": (lambda c: c.update(format=0), "its format is 0"),
     "no format": (lambda c: c.pop("format"), "its format is None"),
     "another machine's": (lambda c: c["key"].update(device="a GPU"), "another one's: .*a GPU"),
@@ -136,6 +138,17 @@ def test_a_profile_without_a_kind_that_is_asked_for_is_measured_again(
     path = store(tmp_path)
     assert cached_profile(tmp_path, KEY, KINDS | {"draft:new"}, lambda: OTHER) is OTHER
     assert f"profile {path} is measured again: it has no cost of draft:new" in caplog.text
+
+
+def test_a_profile_of_few_shapes_serves_once_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A busy machine left no time for more; the next start may find it quiet."""
+    poor = replace(OTHER, num_shapes=3)
+    assert cached_profile(tmp_path, KEY, KINDS, lambda: poor) is poor
+    assert "is of 3 shapes, fewer than 12, and may be far off" in caplog.text
+    assert cached_profile(tmp_path, KEY, KINDS, lambda: PROFILE) is PROFILE
+    assert cached_profile(tmp_path, KEY, KINDS, never) == PROFILE
 
 
 def test_a_folder_that_cannot_be_written_to_costs_a_warning(
