@@ -16,6 +16,7 @@ _LAPSE = 0.9  # of it is left a round later: long rounds do not pay for trials i
 _LEAST_LOSS = 0.01  # of a plain round: what looks free is charged that
 _CHEAP = 0.25  # of the credit: what so little buys is tried while something dearer is saved for
 _FREE = 0.2  # of a plain round: losses well below it do not make a trial worth more
+_ENOUGH_FOR_UNSEEN = 1.0  # of a round; what comes in beyond that is for everything else
 _FOR_UNSEEN = 0.5  # of the income is kept for what the choice shows nothing of
 _WITHHELD = 0.1  # of the income: losses are known only afterwards
 # Standard deviation of the logarithm of what a plain round takes, when drafted ones alone show it:
@@ -43,7 +44,8 @@ class ExplorationAccount:
     not paid in, so that luck buys no further trials. Two purses: one for what the choice shows
     nothing of, which are drafts for requests that are new while nothing is drafted, and plain
     decoding while something is; and one for everything else, which would otherwise have spent it
-    all before.
+    all before. What the first holds beyond a round flows into the second: text may become foreseen
+    while nothing is drafted.
     """
 
     def __init__(self, share: float) -> None:
@@ -119,10 +121,13 @@ class ExplorationAccount:
         if is_plain:
             confirmed = foreseen / _CONFIRMED <= seconds <= foreseen * _CONFIRMED
             self._plain_doubt = _CONFIRMED_DOUBT if confirmed else _PLAIN_DOUBT
-        for of_unseen, share in ((True, _FOR_UNSEEN), (False, 1.0 - _FOR_UNSEEN)):
-            credit = self._credit[of_unseen]
-            limit = max(_MAX_SAVED_ROUNDS * seconds, _LAPSE * credit)
-            self._credit[of_unseen] = min(credit + share * self._income * seconds, limit)
+        income = self._income * seconds
+        unseen = self._credit[True] + _FOR_UNSEEN * income
+        enough = max(_ENOUGH_FOR_UNSEEN * seconds, _LAPSE * self._credit[True])
+        self._credit[True] = min(unseen, enough)
+        other = self._credit[False] + (1.0 - _FOR_UNSEEN) * income + max(unseen - enough, 0.0)
+        limit = max(_MAX_SAVED_ROUNDS * seconds, _LAPSE * self._credit[False])
+        self._credit[False] = min(other, limit)
 
     def charge(self, loss: float, *, of_unseen: bool) -> None:
         """What a trial lost; a gain is not paid in."""

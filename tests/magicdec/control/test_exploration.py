@@ -25,6 +25,16 @@ def test_what_long_rounds_paid_in_lapses_among_short_ones(of_unseen: bool) -> No
     assert account.has_credit(1.0, of_unseen=of_unseen)
 
 
+def test_what_new_requests_need_no_more_of_pays_for_other_trials() -> None:
+    """Their half of 0.9 % of 600 rounds is 2.7 rounds, of which they keep one."""
+    account = ExplorationAccount(0.01)
+    for _ in range(600):
+        account.pay_in(1.0, 1.0, is_plain=True)
+    assert account.has_credit(99.0, of_unseen=True)
+    assert not account.has_credit(101.0, of_unseen=True)
+    assert account.has_credit(399.0, of_unseen=False)
+
+
 def is_plain_tried(account: ExplorationAccount, gain: float, draft_length: int = 1) -> bool:
     """Where plain rounds are foreseen to take a second, and the choice to be `gain` times as
     fast."""
