@@ -29,7 +29,7 @@ class RoundChoice:
 
     @property
     def num_rounds(self) -> int:
-        """That the choice is good for, while the requests are the same."""
+        """That the choice is good for, while the requests are the same; it has a prediction."""
         if self.explores:
             return 1
         return max(_PLAIN_STANDS if self.plan.draft_length == 0 else 1, self._num_hurried)
