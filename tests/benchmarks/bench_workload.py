@@ -31,6 +31,7 @@ _BLOCK = 64
 _SETTLED_ROUNDS = 8  # after which the choice should be right
 _JUDGED_ROUNDS = 8  # from there on
 _REPLAYED_SECONDS = 3.0  # of plain decoding, in which a choice is judged
+_NEAR_ROUNDS = 24  # from the settled one to here: text that the choice could have foreseen
 _WITHIN = 0.95  # of the best
 _LOOK_UPS = 24  # in a prompt, after its table
 _ROW = 5  # tokens of a table
@@ -132,12 +133,21 @@ def settle(
     begun = play_once(learner, _SETTLED_ROUNDS + _JUDGED_ROUNDS)[ADAPTIVE]
     choice = settled_on([played.plan for played in begun.rounds])
     probe = play_once({PLAIN: bench.policy(PLAIN)}, 4)[PLAIN]
-    num_rounds = max(round(_REPLAYED_SECONDS * len(probe.rounds) / probe.seconds), 16)
+    wanted = round(_REPLAYED_SECONDS * len(probe.rounds) / probe.seconds)
+    num_rounds = max(wanted, _NEAR_ROUNDS)
     fixed = {arm: bench.policy(arm) for arm in arms if arm != ADAPTIVE}
     chosen = {} if choice == PLAIN else {choice: FixedPolicy(_plan(choice))}
     found = play_once(fixed | chosen, num_rounds)
     rates = {arm: segment.rate for arm, segment in found.items()}
-    return {"phase": number, "name": phase.name, "choice": choice, "rates": rates}
+    near = {arm: _near_rate(segment) for arm, segment in found.items()}
+    place = {"phase": number, "name": phase.name}
+    return {**place, "choice": choice, "rates": rates, "near_rates": near}
+
+
+def _near_rate(segment: Segment) -> float:
+    """Tokens/s of the rounds that follow on the choice."""
+    near = segment.rounds[_SETTLED_ROUNDS:_NEAR_ROUNDS]
+    return sum(played.num_tokens for played in near) / sum(played.seconds for played in near)
 
 
 def _plan(label: str) -> Plan:
@@ -165,7 +175,8 @@ def render(records: Sequence[dict[str, Any]]) -> str:
     lines = [f"{name}: {value}" for r in records if "run" in r for name, value in r["run"].items()]
     lines += ["", "| phase | plain tokens/s | best of plain and fixed | adaptive / that | spread |"]
     lines[-1] += " seconds | choices within 5 % after 8 rounds | each, its rate / the best |"
-    lines.append("| --- " * 8 + "|")
+    lines[-1] += " within 5 %, by rounds 8 to 24 alone |"
+    lines.append("| --- " * 9 + "|")
     phases: dict[int, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         if "arm" in record:
@@ -177,13 +188,15 @@ def render(records: Sequence[dict[str, Any]]) -> str:
         best = max(set(rates) - {ADAPTIVE}, key=lambda arm: _mean(rates[arm]))
         ratios = [a / b for a, b in zip(rates[ADAPTIVE], rates[best], strict=True)]
         seconds = sum(r["seconds"] for r in arms[ADAPTIVE])
-        near, each = describe_choices(
-            [r for r in records if "choice" in r and r["phase"] == number]
+        choices = [r for r in records if "choice" in r and r["phase"] == number]
+        (in_all, each), (near, _) = (
+            describe_choices(choices, by) for by in ("rates", "near_rates")
         )
         lines.append(
             f"| {arms[PLAIN][0]['name']} | {statistics.median(rates[PLAIN]):.1f} | {best} "
             f"{_mean(rates[best]) / _mean(rates[PLAIN]):.2f}x | {_mean(ratios):.3f} "
-            f"| {min(ratios):.2f}-{max(ratios):.2f} | {seconds:.0f} | {near} | {each} |"
+            f"| {min(ratios):.2f}-{max(ratios):.2f} | {seconds:.0f} | {in_all} | {each} "
+            f"| {near} |"
         )
     return "\n".join(lines)
 
@@ -198,9 +211,9 @@ def settled_on(plans: Sequence[str]) -> str:
     return max(set(judged), key=judged.count)
 
 
-def describe_choices(records: Sequence[dict[str, Any]]) -> tuple[str, str]:
-    """Of one phase: how many are near the best, and what each was and its share of the best."""
-    shares = [r["rates"][r["choice"]] / max(r["rates"].values()) for r in records]
+def describe_choices(records: Sequence[dict[str, Any]], by: str) -> tuple[str, str]:
+    """Of one phase: how many are near the best by those rates, and each one's share of the best."""
+    shares = [r[by][r["choice"]] / max(r[by].values()) for r in records]
     if not shares:
         return "-", "-"
     near = sum(share >= _WITHIN for share in shares)
