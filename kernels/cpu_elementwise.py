@@ -12,7 +12,7 @@ class NormCall(ctypes.Structure):
     """As in calls.h."""
 
     _fields_ = (
-        *((name, _POINTER) for name in ("rows", "weight", "output")),
+        *((name, _POINTER) for name in ("rows", "residual", "summed", "weight", "output")),
         *((name, _INT) for name in ("num_rows", "num_dims")),
         ("epsilon", ctypes.c_float),
         ("num_threads", ctypes.c_int32),
@@ -65,17 +65,19 @@ class CpuElementwise:
         """See reference.rms_norm."""
         rows = rows.contiguous()
         output = torch.empty_like(rows)
-        call = NormCall(
-            rows=rows.data_ptr(),
-            weight=weight.data_ptr(),
-            output=output.data_ptr(),
-            num_rows=rows.numel() // rows.shape[-1],
-            num_dims=rows.shape[-1],
-            epsilon=epsilon,
-            num_threads=torch.get_num_threads(),
-        )
-        self._norm(ctypes.byref(call))
+        self._norm(ctypes.byref(_norm_call(rows, weight, output, epsilon)))
         return output
+
+    def add_rms_norm(
+        self, rows: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See reference.add_rms_norm."""
+        rows, residual = rows.contiguous(), residual.contiguous()
+        output, summed = torch.empty_like(rows), torch.empty_like(rows)
+        call = _norm_call(rows, weight, output, epsilon)
+        call.residual, call.summed = residual.data_ptr(), summed.data_ptr()
+        self._norm(ctypes.byref(call))
+        return output, summed
 
     def rotate(
         self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_heads: int
@@ -108,3 +110,17 @@ class CpuElementwise:
         )
         self._gate(ctypes.byref(call))
         return output
+
+
+def _norm_call(
+    rows: torch.Tensor, weight: torch.Tensor, output: torch.Tensor, epsilon: float
+) -> NormCall:
+    return NormCall(
+        rows=rows.data_ptr(),
+        weight=weight.data_ptr(),
+        output=output.data_ptr(),
+        num_rows=rows.numel() // rows.shape[-1],
+        num_dims=rows.shape[-1],
+        epsilon=epsilon,
+        num_threads=torch.get_num_threads(),
+    )

@@ -2,15 +2,15 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from magicdec.kernels import kv_store, paged_attention, reference, selection, sparse_attention
+from magicdec.kernels.attention_trials import chunk_seconds, difference_of
 from magicdec.kernels.compiled import compiled_library
 from magicdec.kernels.cpu_attention import CpuAttention
 from magicdec.kernels.cpu_attention_mass import CpuAttentionMass
@@ -86,6 +86,10 @@ class Elementwise(Protocol):
         self, rows: torch.Tensor, weight: torch.Tensor, epsilon: float
     ) -> torch.Tensor: ...
 
+    def add_rms_norm(
+        self, rows: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
     def rotate(
         self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_heads: int
     ) -> torch.Tensor: ...
@@ -118,13 +122,15 @@ TORCH_FLASH_CPU = AttentionBackend(
 )
 
 
-def select_backend(device: torch.device, dtype: torch.dtype) -> AttentionBackend:
+def select_backend(
+    device: torch.device, dtype: torch.dtype, block_size: int = 64
+) -> AttentionBackend:
     """The fastest backend whose result on a small case agrees with the reference."""
     candidates = [*_compiled(), TORCH_FLASH_CPU] if device.type == "cpu" else []
     if _has_triton(device):
-        candidates = [triton_backend()]
+        candidates = by_chunk_seconds(gpu_backends(block_size), device, dtype, block_size)
     for backend in candidates:
-        difference = _probe(backend, device, dtype)
+        difference = difference_of(backend.paged, device, dtype, block_size)
         if difference < 0.05:
             logger.info("attention backend: %s", backend.name)
             return backend
@@ -186,16 +192,25 @@ def triton_backend() -> AttentionBackend:
     )
 
 
-def _probe(backend: AttentionBackend, device: torch.device, dtype: torch.dtype) -> float:
-    """Largest difference from the reference: 3 rows over 600 keys, 2 KV heads of 3 queries each."""
-    generator = torch.Generator().manual_seed(0)
-    query = torch.randn(6, 3, 64, generator=generator).to(device, dtype)
-    cache = torch.randn(2, 2, 640, 64, generator=generator).to(device, dtype)
-    layout = PagedLayout((3,), (597,), (np.arange(10),), 64)
-    try:
-        out = backend.paged(query, cache[0], cache[1], layout, 0.125)
-    except (RuntimeError, NotImplementedError) as error:
-        logger.warning("%s cannot run here: %s", backend.name, error)
-        return float("inf")
-    expected = reference.paged_attention(query, cache[0], cache[1], layout, 0.125)
-    return float((out.float() - expected.float()).abs().max())
+def gpu_backends(block_size: int) -> list[AttentionBackend]:
+    """Triton's, and with a prompt's chunks by each flash-attn that is installed."""
+    from magicdec.kernels.flash_attention import installed_versions
+
+    triton = triton_backend()
+    others = [
+        replace(triton, name=f"triton, {version.name}", paged=version.paged)
+        for version in installed_versions(block_size)
+    ]
+    return [triton, *others]
+
+
+def by_chunk_seconds(
+    backends: list[AttentionBackend], device: torch.device, dtype: torch.dtype, block_size: int
+) -> list[AttentionBackend]:
+    """The fastest at a prompt's chunk first; nothing is timed where there is no choice."""
+    if len(backends) < 2:
+        return backends
+    seconds = {each.name: chunk_seconds(each.paged, device, dtype, block_size) for each in backends}
+    told = ", ".join(f"{name} {1e3 * taken:.3g}" for name, taken in seconds.items())
+    logger.info("ms of a prompt's chunk: %s", told)
+    return sorted(backends, key=lambda backend: seconds[backend.name])

@@ -132,6 +132,14 @@ def rms_norm(rows: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.
     return (weight.double() * rows.double() * scale).to(rows.dtype)
 
 
+def add_rms_norm(
+    rows: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the norm of the sum, and the sum."""
+    summed = rows + residual
+    return rms_norm(summed, weight, epsilon), summed
+
+
 def rotate(
     rows: torch.Tensor,  # [num_rows, heads and more]
     cos: torch.Tensor,  # [num_rows, head_dim]

@@ -14,15 +14,30 @@ def _rounded(values, like):
 
 
 @triton.jit
-def _rms_norm(rows, weight, output, num_dims, epsilon, BLOCK: tl.constexpr):
+def _rms_norm(
+    rows,
+    residual,
+    summed,
+    weight,
+    output,
+    num_dims,
+    epsilon,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     dims = tl.arange(0, BLOCK)
     is_dim = dims < num_dims
-    entries = tl.load(rows + row * num_dims + dims, is_dim, other=0.0).to(tl.float32)
+    place = row * num_dims + dims
+    entries = tl.load(rows + place, is_dim, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        entries += tl.load(residual + place, is_dim, other=0.0).to(tl.float32)
+        entries = _rounded(entries, summed)
+        tl.store(summed + place, entries.to(summed.dtype.element_ty), is_dim)
     scale = tl.rsqrt(tl.sum(entries * entries, 0) / num_dims + epsilon)
     weights = tl.load(weight + dims, is_dim, other=0.0).to(tl.float32)
     normed = weights * _rounded(entries * scale, output)
-    tl.store(output + row * num_dims + dims, normed.to(output.dtype.element_ty), is_dim)
+    tl.store(output + place, normed.to(output.dtype.element_ty), is_dim)
 
 
 @triton.jit
@@ -92,17 +107,18 @@ class TritonElementwise:
     def rms_norm(self, rows: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
         """See reference.rms_norm."""
         rows = rows.contiguous()
-        output, num_dims = torch.empty_like(rows), rows.shape[-1]
-        _rms_norm[(rows.numel() // num_dims,)](
-            rows,
-            weight,
-            output,
-            num_dims,
-            epsilon,
-            BLOCK=triton.next_power_of_2(num_dims),
-            num_warps=4,
-        )
+        output = torch.empty_like(rows)
+        _norm(rows, rows, rows, weight, output, epsilon, has_residual=False)
         return output
+
+    def add_rms_norm(
+        self, rows: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See reference.add_rms_norm."""
+        rows, residual = rows.contiguous(), residual.contiguous()
+        output, summed = torch.empty_like(rows), torch.empty_like(rows)
+        _norm(rows, residual, summed, weight, output, epsilon, has_residual=True)
+        return output, summed
 
     def rotate(
         self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_heads: int
@@ -128,6 +144,25 @@ class TritonElementwise:
         grid = (output.numel() // num_dims, triton.cdiv(num_dims, _BLOCK))
         _silu_product[grid](rows, output, num_dims, BLOCK=_BLOCK, num_warps=4)
         return output
+
+
+def _norm(
+    rows: torch.Tensor,
+    residual: torch.Tensor,
+    summed: torch.Tensor,
+    weight: torch.Tensor,
+    output: torch.Tensor,
+    epsilon: float,
+    *,
+    has_residual: bool,
+) -> None:
+    num_dims = rows.shape[-1]
+    _rms_norm[(rows.numel() // num_dims,)](
+        *(rows, residual, summed, weight, output, num_dims, epsilon),
+        HAS_RESIDUAL=has_residual,
+        BLOCK=triton.next_power_of_2(num_dims),
+        num_warps=4,
+    )
 
 
 def store_kv(

@@ -31,30 +31,26 @@ class _Window:
     sliding_window: int | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Columns:
     """What layers alike in budget, window and KV heads read: selected columns, then the shared."""
 
     slots: torch.Tensor  # [len(layers), num_kv_heads, batch, num_columns - draft_length]
     layers: tuple[int, ...]  # those that have a selection; else none, and one view serves all
+    num_selected: torch.Tensor  # [1, batch], or a row a layer where they differ
     window: _Window
+
+    def index(self, layer: int) -> int:
+        return self.layers.index(layer) if self.layers else 0
 
 
 @dataclass(frozen=True, slots=True)
-class _View:
-    """One layer's columns."""
+class LayerColumns:
+    """What a step of some layers reads; one entry that serves them all, or one a layer."""
 
-    slots: torch.Tensor  # [num_kv_heads, batch, num_columns - draft_length]
-    num_selected: tuple[int, ...]  # of each sequence, in this layer
-    window: _Window
-
-
-@dataclass(frozen=True, slots=True)
-class DraftColumns:
-    """What one layer's step reads."""
-
-    slots: torch.Tensor  # [num_kv_heads, batch, num_columns - draft_length]
-    mask: torch.Tensor  # additive [batch, num_columns]
+    layers: tuple[int, ...]
+    slots: torch.Tensor  # [1 or len(layers), num_kv_heads, batch, num_columns - draft_length]
+    mask: torch.Tensor  # additive [1 or len(layers), batch, num_columns]
 
 
 class DraftAttention:
@@ -83,12 +79,15 @@ class DraftAttention:
         self._selections = selections
         self._windows: dict[tuple[bool, int | None], _Window] = {}
         self._columns: dict[tuple[bool, int | None, int], _Columns] = {}
-        self._views: dict[int, _View] = {}
         self._kernels: dict[int, DraftView] = {}
-        self._masks: dict[tuple[int, int, tuple[int, ...]], torch.Tensor] = {}
+        self._masks: dict[_Columns, torch.Tensor] = {}
         self._step = -1
         self._device = cache.k[0].device
         self._context_lens = torch.tensor(layout.context_lens, device=self._device)
+        longest = max(len(table) for table in layout.block_tables)
+        self._tables = np.zeros((len(layout.block_tables), longest), dtype=np.int64)
+        for row, table in zip(self._tables, layout.block_tables, strict=True):
+            row[: len(table)] = table
 
     def begin_step(self, step: int) -> torch.Tensor:
         """Moves to draft step 0, 1, ...; returns the rows' absolute positions, [batch]."""
@@ -108,34 +107,30 @@ class DraftAttention:
         softcap: float | None,
     ) -> torch.Tensor:
         """See AttentionContext."""
-        view = self._view(layer, sliding_window)
+        columns = self._columns_of(layer, sliding_window)
+        index, masks = columns.index(layer), self._mask(columns)
         if layer not in self._kernels:
             pages = self._cache.k[layer], self._cache.v[layer]
-            self._kernels[layer] = self._backend.view(*pages, view.slots, self._draft_length)
-        mask = self._mask(view)
+            slots = columns.slots[index]
+            self._kernels[layer] = self._backend.view(*pages, slots, self._draft_length)
+        mask = masks[index if len(masks) > 1 else 0]
         return self._kernels[layer].attend(query, key, value, self._step, mask, scaling, softcap)
 
-    def columns(self, layer: int) -> DraftColumns:
-        """Of a layer without a window, for whoever attends elsewhere."""
-        view = self._view(layer, None)
-        return DraftColumns(view.slots, self._mask(view))
+    def columns(self) -> list[LayerColumns]:
+        """Of all layers of a model without windows, for whoever attends elsewhere."""
+        alike: dict[_Columns, list[int]] = {}
+        for layer in range(len(self._cache.k)):
+            alike.setdefault(self._columns_of(layer, None), []).append(layer)
+        return [
+            LayerColumns(tuple(layers), columns.slots, self._mask(columns))
+            for columns, layers in alike.items()
+        ]
 
-    def _view(self, layer: int, sliding_window: int | None) -> _View:
-        if layer not in self._views:
-            self._views[layer] = self._new_view(layer, sliding_window)
-        return self._views[layer]
-
-    def _new_view(self, layer: int, sliding_window: int | None) -> _View:
+    def _columns_of(self, layer: int, sliding_window: int | None) -> _Columns:
         key = (self._is_first(layer), sliding_window, self._cache.k[layer].shape[0])
         if key not in self._columns:
             self._columns[key] = self._gather(layer, sliding_window)
-        columns = self._columns[key]
-        index = columns.layers.index(layer) if columns.layers else 0
-        counts = tuple(
-            min(limit, s.positions[layer].shape[1]) if limit and s is not None else 0
-            for s, limit in zip(self._selections, columns.window.num_selected, strict=True)
-        )
-        return _View(columns.slots[index], counts, columns.window)
+        return self._columns[key]
 
     def _gather(self, layer: int, sliding_window: int | None) -> _Columns:
         """For all layers alike at once: layer by layer it would take as long as a draft step."""
@@ -151,10 +146,11 @@ class DraftAttention:
             if limit > 0 and selection is not None
         ]
         if not selecting:
-            return _Columns(shared[None], (), window)
+            none = torch.zeros(1, len(self._selections), dtype=torch.long, device=self._device)
+            return _Columns(shared[None], (), none, window)
         layers = tuple(
             other
-            for other in selecting[0][1].positions
+            for other in sorted(selecting[0][1].positions)
             if self._is_first(other) == self._is_first(layer)
             and self._cache.k[other].shape[0] == num_kv_heads
         )
@@ -166,7 +162,12 @@ class DraftAttention:
         slots = torch.cat([padding, shared.expand(len(layers), -1, -1, -1)], dim=3)
         for i, own in chosen:
             slots[:, :, i, : own.shape[2]] = heads[:, 0] + own
-        return _Columns(slots, layers, window)
+        counts = np.zeros((len(layers), len(self._selections)), dtype=np.int64)
+        for i, selection, limit in selecting:
+            counts[:, i] = np.minimum(selection.counts(layers), limit)
+        if (counts == counts[0]).all():
+            counts = counts[:1]
+        return _Columns(slots, layers, torch.from_numpy(counts).to(self._device), window)
 
     def _is_first(self, layer: int) -> bool:
         return layer < self._config.num_first_layers
@@ -179,54 +180,52 @@ class DraftAttention:
 
     def _window(self, layer: int, sliding_window: int | None) -> _Window:
         """Sink and recent window of every sequence, and the room that its selection has."""
-        shared: list[NDArray[np.int64]] = []
-        num_selected: list[int] = []
-        for context_len, draft_budget, selection in zip(
-            self._layout.context_lens, self._draft_budgets, self._selections, strict=True
-        ):
-            num_keys = layer_budget(self._config, layer, draft_budget) - self._draft_length
-            num_window = num_keys
-            if selection is not None and layer in selection.positions and context_len > num_keys:
-                num_recent = selection.num_recent(self._config, context_len, num_keys)
-                num_window = self._config.num_sink_tokens + num_recent
-            num_selected.append(max(num_keys - num_window, 0))
-            sink = self._config.num_sink_tokens
-            shared.append(select_streaming(context_len, num_window, sink, sliding_window))
-        return self._pack(shared, tuple(num_selected), sliding_window)
+        num_keys = np.array(
+            [layer_budget(self._config, layer, budget) for budget in self._draft_budgets]
+        )
+        num_keys -= self._draft_length
+        num_window = num_keys.copy()
+        for i, selection in enumerate(self._selections):
+            context_len = self._layout.context_lens[i]
+            if selection is None or layer not in selection.positions or context_len <= num_keys[i]:
+                continue
+            num_recent = selection.num_recent(self._config, context_len, int(num_keys[i]))
+            num_window[i] = self._config.num_sink_tokens + num_recent
+        num_selected = np.maximum(num_keys - num_window, 0)
+        return self._pack(num_window, tuple(num_selected.tolist()), sliding_window)
 
     def _pack(
         self,
-        shared: list[NDArray[np.int64]],
+        num_window: NDArray[np.int64],  # [batch], keys of sink and recent window
         num_selected: tuple[int, ...],
         sliding_window: int | None,
     ) -> _Window:
-        num_shared = max(len(positions) for positions in shared)
-        num_columns = num_shared + self._draft_length
-        positions = np.full((len(shared), num_columns), _PADDING, dtype=np.int64)
-        slots = np.zeros((len(shared), num_shared), dtype=np.int64)
-        for i, chosen in enumerate(shared):
-            table, size = self._layout.block_tables[i], self._layout.block_size
-            positions[i, : len(chosen)] = chosen
-            slots[i, : len(chosen)] = table[chosen // size] * size + chosen % size
-            start = self._layout.context_lens[i]
-            positions[i, num_shared:] = np.arange(start, start + self._draft_length)
+        size, starts = self._layout.block_size, np.array(self._layout.context_lens)
+        num_sink = self._config.num_sink_tokens
+        shared, counts = select_streaming(starts, num_window, num_sink, sliding_window)
+        is_there = np.arange(shared.shape[1]) < counts[:, None]
+        shared[~is_there] = 0
+        blocks = np.take_along_axis(self._tables, shared // size, axis=1)
+        slots = np.where(is_there, blocks * size + shared % size, 0)
+        own = starts[:, None] + np.arange(self._draft_length)
+        positions = np.concatenate([np.where(is_there, shared, _PADDING), own], axis=1)
         on_device = [torch.from_numpy(array).to(self._device) for array in (positions, slots)]
         return _Window(on_device[0], on_device[1], num_selected, sliding_window)
 
-    def _mask(self, view: _View) -> torch.Tensor:
-        """Additive [batch, num_columns]: -inf for padding, for columns not yet written, and
-        beyond the window."""
-        window = view.window
-        num_selected = view.slots.shape[2] - window.slots.shape[1]
-        key = (id(window), num_selected, view.num_selected)
-        if key not in self._masks:
+    def _mask(self, columns: _Columns) -> torch.Tensor:
+        """Additive [1 or len(layers), batch, num_columns]: -inf for padding, for columns not yet
+        written, and beyond the window."""
+        if columns not in self._masks:
+            window = columns.window
             row = (self._context_lens + self._step)[:, None]
             visible = (window.positions >= 0) & (window.positions <= row)
             if window.sliding_window is not None:
                 visible &= row - window.positions < window.sliding_window
-            columns = torch.arange(num_selected, device=self._device)
-            counts = torch.tensor(view.num_selected, device=self._device)
-            visible = torch.cat([columns < counts[:, None], visible], dim=1)
+            width = columns.slots.shape[3] - window.slots.shape[1]
+            places = torch.arange(width, device=self._device)
+            selected = places < columns.num_selected[:, :, None]
+            shared = visible.expand(len(selected), -1, -1)
+            visible = torch.cat([selected, shared], dim=2)
             mask = torch.zeros(visible.shape, dtype=self._cache.k[0].dtype, device=self._device)
-            self._masks[key] = mask.masked_fill_(~visible, float("-inf"))
-        return self._masks[key]
+            self._masks[columns] = mask.masked_fill_(~visible, float("-inf"))
+        return self._masks[columns]

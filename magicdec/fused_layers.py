@@ -25,6 +25,12 @@ class FusedRmsNorm(nn.Module):
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         return self._kernels.rms_norm(rows, self.weight, self._epsilon)
 
+    def after_sum(
+        self, rows: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the norm of their sum, and the sum."""
+        return self._kernels.add_rms_norm(rows, residual, self.weight, self._epsilon)
+
 
 class FusedMlp(nn.Module):
     """down_proj(silu(gate_proj(x)) * up_proj(x))"""
@@ -99,6 +105,25 @@ class FusedAttention(nn.Module):
         for part in (query, key):
             self._kernels.rotate(part.flatten(1), cos, sin, part.shape[1])
         return query.transpose(0, 1), key.transpose(0, 1), parts[2].transpose(0, 1)
+
+
+class FusedDecoderLayer(nn.Module):
+    """Attention, then gates, each after a norm and beside a residual: the second norm is taken with
+    the sum that it is of."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = layer.self_attn, layer.mlp
+        self.input_layernorm = layer.input_layernorm
+        self.post_attention_layernorm: FusedRmsNorm = layer.post_attention_layernorm
+        if "attention_type" in vars(layer):  # which of the model's masks it is given
+            self.attention_type = layer.attention_type
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        normed, summed = self.post_attention_layernorm.after_sum(attended, hidden_states)
+        gated: torch.Tensor = self.mlp(normed)
+        return summed + gated
 
 
 def _joined(linears: list[nn.Linear]) -> nn.Linear:

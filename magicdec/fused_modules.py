@@ -12,7 +12,13 @@ import torch
 from torch import nn
 
 from magicdec.attention import ATTENTION_NAME, register_attention
-from magicdec.fused_layers import Asked, FusedAttention, FusedMlp, FusedRmsNorm
+from magicdec.fused_layers import (
+    Asked,
+    FusedAttention,
+    FusedDecoderLayer,
+    FusedMlp,
+    FusedRmsNorm,
+)
 from magicdec.kernels.cpu_elementwise import DIMS_MULTIPLE
 from magicdec.kernels.dispatch import Elementwise
 
@@ -20,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 _NUM_ROWS = 5  # of a trial
 _NORMS = ("q_norm", "k_norm")  # that an attention may have
+_LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 # Sums in another order, as shares of the largest number: of any difference, and of their mean. In
 # bfloat16 a few numbers are rounded the other way; steps rounded elsewhere would show in the mean.
 _TOLERANCES = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (2**-6, 1e-4)}
@@ -46,7 +53,7 @@ def fuse_modules(model: Any, kernels: Elementwise) -> None:
     buffers = model.named_buffers()
     turned = {2 * len(buffer) for name, buffer in buffers if name.endswith("inv_freq")}
     found = _fuse_below(model, turned, kernels)
-    kinds = (FusedRmsNorm, FusedMlp, FusedAttention)
+    kinds = (FusedRmsNorm, FusedMlp, FusedAttention, FusedDecoderLayer)
     counts = ", ".join(f"{found.count(kind)} {kind.__name__}" for kind in kinds)
     logger.info("%s; %d left as they are", counts, found.count(None))
 
@@ -60,6 +67,8 @@ def _fuse_below(
         fuse = _fusion_of(child)
         if fuse is None:
             found += _fuse_below(child, turned, kernels)
+            fuse = _fusion_around(child)
+        if fuse is None:
             continue
         fused = _tried(fuse, child, turned, kernels)
         found.append(None if fused is None else type(fused))
@@ -91,6 +100,14 @@ def _fusion_of(module: nn.Module) -> Any:
     return None
 
 
+def _fusion_around(module: nn.Module) -> Any:
+    """The same of a module whose parts have been replaced."""
+    parts = dict(module.named_children())
+    if parts.keys() != _LAYER or type(parts["self_attn"]) is not FusedAttention:
+        return None
+    return _fused_layer if type(parts["post_attention_layernorm"]) is FusedRmsNorm else None
+
+
 def _fused_norm(norm: Any, turned: set[int], kernels: Elementwise) -> nn.Module | None:
     settings = vars(norm)
     epsilon = settings.get("variance_epsilon", settings.get("eps"))
@@ -114,8 +131,7 @@ def _fused_attention(attention: Any, turned: set[int], kernels: Elementwise) -> 
     head_dim = vars(attention).get("head_dim")
     if not isinstance(head_dim, int) or head_dim % DIMS_MULTIPLE or turned != {head_dim}:
         return None
-    angles = _made_up(head_dim // 2).repeat(1, 1, 2)
-    turns = tuple(turn.to(kernels.device, kernels.dtype) for turn in (angles.cos(), angles.sin()))
+    turns = _turns(head_dim, kernels)
     children = dict(attention.named_children())
     norms = [_fused_norm(children[name], turned, kernels) for name in _NORMS if name in children]
     if None in norms:
@@ -137,6 +153,25 @@ def _fused_attention(attention: Any, turned: set[int], kernels: Elementwise) -> 
         if not (_agree(found, output, True) and states_agree):
             return None
     return fused
+
+
+def _fused_layer(layer: Any, turned: set[int], kernels: Elementwise) -> nn.Module | None:
+    (head_dim,) = turned  # or its attention were not fused
+    fused, turns = FusedDecoderLayer(layer), _turns(head_dim, kernels)
+    for rows in _trials(len(layer.post_attention_layernorm.weight), kernels):
+        expected, found = (
+            each(rows, position_embeddings=turns, attention_context=_Recorder())
+            for each in (layer, fused)
+        )
+        if not _agree(found, expected, True):
+            return None
+    return fused
+
+
+def _turns(head_dim: int, kernels: Elementwise) -> tuple[torch.Tensor, ...]:
+    """Cosines and sines of a trial's rows, [1, num_rows, head_dim] each."""
+    angles = _made_up(head_dim // 2).repeat(1, 1, 2)
+    return tuple(turn.to(kernels.device, kernels.dtype) for turn in (angles.cos(), angles.sin()))
 
 
 def _trials(num_dims: int, kernels: Elementwise) -> list[torch.Tensor]:

@@ -37,7 +37,8 @@ class ModelRunner:
         self._max_model_len = config.model.max_model_len or facts.max_position_embeddings
         sampler = Sampler(facts.eos_token_ids, select_gumbel_argmax(model.device))
         self._rule: VerificationRule = verification_rule(config.speculation.verification, sampler)
-        self._backend = select_backend(model.device, model.kv_dtype)
+        block_size = config.cache.block_size
+        self._backend = select_backend(model.device, model.kv_dtype, block_size)
         draft = load_draft_model(config, model.device)
         self._draft_model = (
             None if draft is None else DraftModel(draft.forward, draft.layers, draft.vocab_size)

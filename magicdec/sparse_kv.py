@@ -24,19 +24,26 @@ _POOL_SIZE = 5  # SnapKV's average over neighbours (MagicDec section 5)
 
 
 def select_streaming(
-    context_len: int, num_keys: int, num_sink_tokens: int, sliding_window: int | None
-) -> NDArray[np.int64]:
+    context_lens: NDArray[np.int64],  # [batch]
+    num_keys: NDArray[np.int64],  # [batch], the sink's tokens at least
+    num_sink_tokens: int,
+    sliding_window: int | None,
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Sink and recent window (StreamingLLM, arXiv 2309.17453; MagicDec section 4).
 
     At most num_keys positions of 0..context_len-1, ascending. A sliding-window layer sees no sink,
-    so its whole share goes to the most recent positions, up to its own window.
+    so its whole share goes to the most recent positions, up to its own window. Returns [batch,
+    widest], and how many each sequence has; what stands after them is nobody's.
     """
-    if sliding_window is not None and context_len >= sliding_window:
-        return np.arange(max(context_len - min(num_keys, sliding_window), 0), context_len)
-    if context_len <= num_keys:
-        return np.arange(context_len)
-    recent = np.arange(context_len - (num_keys - num_sink_tokens), context_len)
-    return np.concatenate([np.arange(num_sink_tokens), recent])
+    counts = np.minimum(context_lens, num_keys)
+    num_sink = np.full_like(context_lens, num_sink_tokens)
+    if sliding_window is not None:
+        is_cut = context_lens >= sliding_window
+        counts = np.where(is_cut, np.minimum(counts, sliding_window), counts)
+        num_sink[is_cut] = 0
+    columns = np.arange(counts.max())
+    skipped = (context_lens - counts)[:, None]
+    return columns + np.where(columns >= num_sink[:, None], skipped, 0), counts
 
 
 def layer_budget(config: SelectionConfig, layer: int, draft_budget: int) -> int:
@@ -57,6 +64,13 @@ class Selection:
     # By layer: [num_kv_heads, n], best first.
     positions: dict[int, torch.Tensor] = field(default_factory=dict)
     _slots: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
+    _counts: dict[tuple[int, ...], NDArray[np.int64]] = field(default_factory=dict)
+
+    def counts(self, layers: tuple[int, ...]) -> NDArray[np.int64]:
+        """How many positions each of the layers has, [len(layers)]."""
+        if layers not in self._counts:
+            self._counts[layers] = np.array([self.positions[layer].shape[1] for layer in layers])
+        return self._counts[layers]
 
     def slots(
         self, layers: tuple[int, ...], block_table: NDArray[np.int64], block_size: int

@@ -73,7 +73,9 @@ struct ChoiceCall {
 };
 
 struct NormCall {
-  const void* rows;  // [num_rows, num_dims]
+  const void* rows;      // [num_rows, num_dims]
+  const void* residual;  // or null: added to the rows first
+  void* summed;          // or null: where the sum goes
   const void* weight;
   void* output;
   int64_t num_rows, num_dims;  // a multiple of kLanes

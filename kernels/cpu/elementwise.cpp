@@ -10,6 +10,12 @@ namespace {
 constexpr int64_t kAlone = 1 << 15;  // elements below which one thread is done sooner
 
 template <typename Value>
+void add(const Value* row, const Value* residual, int64_t num_dims, Value* summed) {
+  for (int64_t i = 0; i < num_dims; i += kLanes)
+    store_floats(summed + i, load_floats(row + i) + load_floats(residual + i));
+}
+
+template <typename Value>
 void normalize(const Value* row, const NormCall& call, Value* output) {
   const Value* weight = static_cast<const Value*>(call.weight);
   Floats squares = {};
@@ -25,10 +31,17 @@ void normalize(const Value* row, const NormCall& call, Value* output) {
 template <typename Value>
 void normalize_rows(const NormCall* call) {
   const int64_t dims = call->num_dims;
+  const Value* residual = static_cast<const Value*>(call->residual);
 #pragma omp parallel for num_threads(call->num_threads) if (call->num_rows * dims > kAlone)
-  for (int64_t row = 0; row < call->num_rows; ++row)
-    normalize(static_cast<const Value*>(call->rows) + row * dims, *call,
-              static_cast<Value*>(call->output) + row * dims);
+  for (int64_t row = 0; row < call->num_rows; ++row) {
+    const Value* entries = static_cast<const Value*>(call->rows) + row * dims;
+    if (residual != nullptr) {
+      Value* summed = static_cast<Value*>(call->summed) + row * dims;
+      add(entries, residual + row * dims, dims, summed);
+      entries = summed;
+    }
+    normalize(entries, *call, static_cast<Value*>(call->output) + row * dims);
+  }
 }
 
 // The two halves of a head turn together, as rotate_half has them.

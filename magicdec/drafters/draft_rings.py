@@ -148,7 +148,8 @@ class DraftRings:
         if sliding_window is not None and sliding_window <= num_keys:
             # The layer's window is the tighter bound, and starts earlier for the earlier rows.
             first = min(last, int(rows[0]))
-        selected = select_streaming(first, num_keys, num_sink, sliding_window)
+        each = np.array([first]), np.array([num_keys])
+        (selected,), _ = select_streaming(*each, num_sink, sliding_window)
         positions = np.concatenate([selected, np.arange(first, int(rows[0]))])
         seen = (positions < num_sink) | (positions >= ring.first_recent)
         seen &= positions < rows[0]

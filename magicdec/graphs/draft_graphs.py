@@ -9,12 +9,13 @@ The mask is that of the last step: a step sees its own tokens up to its own colu
 """
 
 import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from magicdec.attention import AttentionContext
-from magicdec.draft_attention import DraftAttention
+from magicdec.draft_attention import DraftAttention, LayerColumns
 from magicdec.graphs.capture import Capturer, KeptForward
 from magicdec.kernels.dispatch import AttentionBackend
 from magicdec.kernels.sparse_attention import DeviceView
@@ -39,19 +40,22 @@ class _GraphViews:
     ) -> None:
         make_view = backend.view_on_device
         assert make_view is not None, f"{backend.name} reads its views on the host"
-        self.slots = [
-            torch.zeros(len(k), bucket, width, dtype=torch.int64, device=k.device) for k in cache.k
-        ]
-        columns = (len(cache.k), bucket, width + MAX_STEPS)
-        self.masks = torch.zeros(columns, dtype=cache.k[0].dtype, device=cache.k[0].device)
+        device, num_layers = cache.k[0].device, len(cache.k)
+        most_heads = max(len(k) for k in cache.k)
+        shape = (num_layers, most_heads, bucket, width)
+        self.slots = torch.zeros(shape, dtype=torch.int64, device=device)
+        columns = (num_layers, bucket, width + MAX_STEPS)
+        self.masks = torch.zeros(columns, dtype=cache.k[0].dtype, device=device)
         self._step = step
-        pages = zip(cache.k, cache.v, self.slots, strict=True)
-        self._views: list[DeviceView] = [make_view(k, v, s, MAX_STEPS) for k, v, s in pages]
+        self._views: list[DeviceView] = [
+            make_view(k, v, slots[: len(k)], MAX_STEPS)
+            for k, v, slots in zip(cache.k, cache.v, self.slots, strict=True)
+        ]
 
     @property
     def static(self) -> list[torch.Tensor]:
         """All that a replay reads beside the pages and the step."""
-        return [*self.slots, self.masks, *(t for view in self._views for t in view.static)]
+        return [self.slots, self.masks, *(t for view in self._views for t in view.static)]
 
     def attend(
         self,
@@ -68,19 +72,16 @@ class _GraphViews:
         view, mask = self._views[layer], self.masks[layer]
         return view.attend_at(query, key, value, self._step, mask, scaling, softcap)
 
-    def load(self, attention: DraftAttention) -> None:
+    def load(self, columns: Sequence[LayerColumns]) -> None:
         """The round's views, all of its columns shown."""
-        columns = [attention.columns(layer) for layer in range(len(self.slots))]
-        batch = columns[0].slots.shape[1]
-        listed = [column.slots for column in columns]
-        places = [s[:, :batch, : own.shape[2]] for s, own in zip(self.slots, listed, strict=True)]
-        torch._foreach_copy_(places, listed)
-        width, num_own = self.slots[0].shape[2], columns[0].mask.shape[1] - listed[0].shape[2]
-        self.masks[:, :batch, :width] = float("-inf")
-        for layer, column in enumerate(columns):
-            own = column.slots.shape[2]
-            self.masks[layer, :batch, :own] = column.mask[:, :own]
-        self.masks[:, :batch, width : width + num_own] = 0.0
+        width = self.slots.shape[3]
+        self.masks[:, :, :width] = float("-inf")
+        for alike in columns:
+            _, num_heads, batch, listed = alike.slots.shape
+            for layers, index in _runs(alike.layers):
+                slots, mask = (t if len(t) == 1 else t[index] for t in (alike.slots, alike.mask))
+                self.slots[layers, :num_heads, :batch, :listed] = slots
+                self.masks[layers, :batch, :listed] = mask[:, :, :listed]
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,11 +150,12 @@ class DraftGraphs:
         if self._has_windows or num_steps > MAX_STEPS:
             return None
         attention.begin_step(num_steps - 1)
-        listed = max(attention.columns(i).slots.shape[2] for i in range(len(self._cache.k)))
+        columns = attention.columns()
+        listed = max(alike.slots.shape[3] for alike in columns)
         shape = 1 << (batch - 1).bit_length(), max(-(-listed // _WIDTH), 1) * _WIDTH
         if shape not in self._captured:
             self._captured[shape] = self._capture(*shape)
-        self._captured[shape].step.views.load(attention)
+        self._captured[shape].step.views.load(columns)
         return DraftRound(self._captured[shape])
 
     def static_step(self, bucket: int, width: int) -> StaticDraftStep:
@@ -168,3 +170,12 @@ class DraftGraphs:
         logger.info("captured a draft step of %d rows over %d columns", bucket, width)
         staging = torch.zeros(len(step.inputs), dtype=torch.int32).pin_memory()
         return _Captured(graph, step, staging, logits)
+
+
+def _runs(layers: tuple[int, ...]) -> Iterator[tuple[slice, slice]]:
+    """Layers that follow on one another, and where they stand in the tuple."""
+    first = 0
+    for i in range(1, len(layers) + 1):
+        if i == len(layers) or layers[i] != layers[i - 1] + 1:
+            yield slice(layers[first], layers[i - 1] + 1), slice(first, i)
+            first = i

@@ -46,24 +46,32 @@ class Shape:
 
     def rows(self, layout: PagedLayout) -> NDArray[np.int64]:
         """Where the layout's packed rows are in the graph, [num_rows of the layout]."""
-        starts = self.tier * np.arange(len(layout.query_lens))
-        spans = zip(starts, layout.query_lens, strict=True)
-        return np.concatenate([np.arange(start, start + n) for start, n in spans])
+        sequences, within = _packed_rows(layout)
+        return self.tier * sequences + within
 
     def write(self, buffer: NDArray[np.int32], layout: PagedLayout, ids: NDArray[np.int64]) -> None:
         """What this step is; `ids` are the packed rows' tokens."""
         places = np.cumsum(self.sizes)[:-1]
         token_ids, positions, slots, query_lens, context_lens, tables = np.split(buffer, places)
-        rows, batch = self.rows(layout), len(layout.query_lens)
-        spans = zip(layout.context_lens, layout.query_lens, strict=True)
+        sequences, within = _packed_rows(layout)
+        rows, batch = self.tier * sequences + within, len(layout.query_lens)
         slots[:] = _NO_SLOT
         query_lens[:] = 0
-        token_ids[rows] = ids
-        positions[rows] = np.concatenate([np.arange(c, c + n) for c, n in spans])
-        slots[rows] = layout.slot_mapping()
         query_lens[:batch], context_lens[:batch] = layout.query_lens, layout.context_lens
-        for row, table in zip(tables.reshape(self.bucket, -1), layout.block_tables, strict=False):
+        tables = tables.reshape(self.bucket, -1)
+        for row, table in zip(tables, layout.block_tables, strict=False):
             row[: len(table)] = table
+        size, own = layout.block_size, context_lens[sequences] + within
+        token_ids[rows], positions[rows] = ids, own
+        slots[rows] = tables[sequences, own // size] * size + own % size
+
+
+def _packed_rows(layout: PagedLayout) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Of each packed row, its sequence and which of the sequence's rows it is."""
+    query_lens = np.array(layout.query_lens)
+    sequences = np.repeat(np.arange(len(query_lens)), query_lens)
+    starts = np.cumsum(query_lens) - query_lens
+    return sequences, np.arange(len(sequences)) - starts[sequences]
 
 
 class GraphAttention:
@@ -190,6 +198,8 @@ class ForwardGraphs:
         shape.write(captured.staging.numpy(), layout, token_ids.numpy())
         captured.buffer.copy_(captured.staging, non_blocking=True)
         captured.graph.replay()
+        if len(keep) == shape.num_rows:  # nothing to send, and nothing to wait for
+            return captured.logits.clone()
         kept = torch.from_numpy(shape.rows(layout)[keep.numpy()])
         return captured.logits.index_select(0, kept.to(self._device))
 

@@ -28,11 +28,10 @@ from magicdec.cluster.dashboard import ROWS
 from magicdec.deployments.embedded_model import EMBEDDED_MODEL_NAME
 from tests.helm.chart import CHART, example, render
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not on PATH"),
-]
+pytestmark = pytest.mark.timeout(900)
+needs_prometheus = pytest.mark.skipif(
+    shutil.which("prometheus") is None, reason="prometheus is not on PATH"
+)
 
 WORDS = "the quick brown fox jumps over the lazy dog while the river runs to the sea "
 START_LIMIT_S = 240
@@ -142,6 +141,8 @@ def values_of(prometheus: str, expr: str) -> list[float]:
     return [value for value in values if not math.isnan(value)]
 
 
+@pytest.mark.slow
+@needs_prometheus
 def test_every_panel_has_data_under_load(url: str, prometheus: str) -> None:
     wish = {"speculation": {"drafter": "recycled", "draft_length": 4, "draft_budget": 256}}
     missing = {(panel.title, q.expr) for row in ROWS for panel in row.panels for q in panel.queries}
@@ -163,6 +164,8 @@ def test_every_panel_has_data_under_load(url: str, prometheus: str) -> None:
             assert all(one.result() for one in asked)
 
 
+@pytest.mark.slow
+@needs_prometheus
 def test_watching_takes_less_than_a_hundredth_of_the_rounds(prometheus: str) -> None:
     """Of the embedded model with rounds that choose, forecasts included."""
     expr = f"sum({m.TELEMETRY_SECONDS.exported}) / sum({m.STEP_SECONDS.exported})"

@@ -101,7 +101,9 @@ def variants() -> list[Variant]:
         found.append(Variant(f"key mass, head of {head_dim}", triton_mass._key_mass, mass))
     scores = {"scores": "*fp32"}
     found.append(Variant("choose", triton_gumbel._choose, {"BLOCKS": 128}, types=scores))
-    found.append(Variant("rms norm of 4096", triton_steps._rms_norm, {"BLOCK": 4096}))
+    for has_residual, name in ((False, "rms norm of 4096"), (True, "sum and rms norm of 4096")):
+        norm = {"HAS_RESIDUAL": has_residual, "BLOCK": 4096}
+        found.append(Variant(name, triton_steps._rms_norm, norm))
     rotation = {"HEAD_DIM": 128, "BLOCK": 64}
     found.append(Variant("rotate", triton_steps._rotate, rotation, num_warps=1))
     stored = {"HEAD_DIM": 128, "BLOCK": 128}

@@ -38,6 +38,24 @@ def test_a_norm_agrees_with_the_reference(
 
 @settings(max_examples=40, deadline=None)
 @given(num_rows=st.integers(0, 300), num_dims=DIMS, size=SIZES, seed=st.integers(0, 999))
+def test_a_norm_of_a_sum_agrees_with_the_reference(
+    num_rows: int, num_dims: int, size: float, seed: int
+) -> None:
+    """And the sum is torch's own, bfloat16 or not."""
+    rows, residual = made_up(2, num_rows, num_dims, size=size, seed=seed)
+    case = (rows, residual, made_up(num_dims, size=1.0, seed=1), 1e-5)
+    actual, summed = kernels().add_rms_norm(*case)
+    expected, _ = reference.add_rms_norm(*case)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(summed, rows + residual)
+    narrow = [tensor.bfloat16() for tensor in case[:3]]
+    normed, summed = kernels(torch.bfloat16).add_rms_norm(narrow[0], narrow[1], narrow[2], 1e-5)
+    assert torch.equal(summed, narrow[0] + narrow[1])
+    assert torch.equal(normed, kernels(torch.bfloat16).rms_norm(summed, narrow[2], 1e-5))
+
+
+@settings(max_examples=40, deadline=None)
+@given(num_rows=st.integers(0, 300), num_dims=DIMS, size=SIZES, seed=st.integers(0, 999))
 def test_a_gate_agrees_with_the_reference(
     num_rows: int, num_dims: int, size: float, seed: int
 ) -> None:

@@ -94,6 +94,9 @@ def test_norms_and_gates_agree_with_the_reference(
     kernels = triton_steps.TritonElementwise(device, dtype)
     actual = kernels.rms_norm(rows, weight, 1e-5)
     close(actual, reference.rms_norm(rows, weight, 1e-5))
+    normed, summed = kernels.add_rms_norm(rows, rows.flip(0), weight, 1e-5)
+    close(summed, rows + rows.flip(0))  # the interpreter cuts bfloat16 off where a GPU rounds
+    assert torch.equal(normed, kernels.rms_norm(summed, weight, 1e-5))
     gated = kernels.silu_product(rows)
     close(gated, reference.silu_product(rows))
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import GlmConfig, OlmoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from magicdec.fused_layers import FusedAttention, FusedMlp, FusedRmsNorm
+from magicdec.fused_layers import FusedAttention, FusedDecoderLayer, FusedMlp, FusedRmsNorm
 from magicdec.fused_modules import fuse_modules
 from magicdec.kernels.compiled import compiled_library
 from magicdec.kernels.cpu_linear import pack_linears
@@ -21,12 +21,13 @@ LIBRARY = compiled_library()
 HOST = torch.device("cpu")
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="there is no compiler here")
 NUM_LAYERS = 3
+ALL = (FusedRmsNorm, FusedMlp, FusedAttention, FusedDecoderLayer)
 # Gates other than silu are not fused.
 FUSED = {
-    "llama": (FusedRmsNorm, FusedMlp, FusedAttention),
-    "mistral_sliding": (FusedRmsNorm, FusedMlp, FusedAttention),
-    "qwen2": (FusedRmsNorm, FusedMlp, FusedAttention),
-    "qwen3": (FusedRmsNorm, FusedMlp, FusedAttention),
+    "llama": ALL,
+    "mistral_sliding": ALL,
+    "qwen2": ALL,
+    "qwen3": ALL,
     "gemma2": (FusedRmsNorm, FusedAttention),
     "gemma3": (FusedRmsNorm, FusedAttention),
     "glm": (FusedRmsNorm,),
@@ -88,7 +89,7 @@ def fuse(module: Any) -> None:
 
 
 def kinds(module: nn.Module) -> set[type[nn.Module]]:
-    return {type(child) for child in module.modules()} & {FusedRmsNorm, FusedMlp, FusedAttention}
+    return {type(child) for child in module.modules()} & set(ALL)
 
 
 @pytest.mark.parametrize("family", FUSED)
@@ -128,7 +129,8 @@ def test_a_norm_that_rounds_elsewhere_stays_in_bfloat16() -> None:
 def test_modules_that_compute_something_else_stay() -> None:
     module = made("llama")
     first, second, third = module.model.layers
-    own = second.self_attn.forward
+    own, whole = second.self_attn.forward, first.forward
+    first.forward = lambda *args, **kwargs: 0.5 * whole(*args, **kwargs)
     second.self_attn.forward = lambda *args, **kwargs: [2 * own(*args, **kwargs)[0], None]
     first.mlp.act_fn = nn.ReLU()
     third.input_layernorm.forward = lambda rows: rows
@@ -138,6 +140,8 @@ def test_modules_that_compute_something_else_stay() -> None:
     assert not isinstance(first.mlp, FusedMlp)
     assert not isinstance(third.input_layernorm, FusedRmsNorm)
     assert isinstance(first.self_attn, FusedAttention)
+    are_fused = [type(layer) is FusedDecoderLayer for layer in module.model.layers]
+    assert are_fused == [False, False, True]
     found = logits(describe_model(module, "float32"))
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
 

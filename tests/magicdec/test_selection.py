@@ -109,9 +109,9 @@ def test_a_view_holds_sink_recent_window_and_the_heaviest_keys_within_its_budget
         [draft_budget] * len(now),
         [o.selection for o in observations],
     )
+    attention.begin_step(-1)  # before anything is drafted
     for layer in range(3):
-        view = attention._view(layer, None)
-        visible = attention_mask(attention, view)
+        view, visible = columns_of(attention, layer)
         num_keys = draft_budget * (2 if layer < num_first_layers else 1) - draft_length
         row_start = 0
         for i, context_len in enumerate(now):
@@ -121,14 +121,16 @@ def test_a_view_holds_sink_recent_window_and_the_heaviest_keys_within_its_budget
             row_start += rows[i]
             for head in range(2):
                 first = head * cache.k[layer].shape[1]
-                slots = (view.slots[head, i] - first)[visible[i, : view.slots.shape[2]]].tolist()
+                slots = (view[head, i] - first)[visible[i, : view.shape[2]]].tolist()
                 check_view(slots, layout, i, mass[head], context_len, num_keys, config, growth)
 
 
-def attention_mask(attention: DraftAttention, view: Any) -> torch.Tensor:
-    """Columns that a row sees before it has drafted: [batch, num_columns]."""
-    attention.begin_step(-1)
-    return attention._mask(view) == 0
+def columns_of(attention: DraftAttention, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A layer's slots, [num_kv_heads, batch, num_listed], and which columns its rows see."""
+    (alike,) = [columns for columns in attention.columns() if layer in columns.layers]
+    index = alike.layers.index(layer)
+    slots, mask = (t[index if len(t) > 1 else 0] for t in (alike.slots, alike.mask))
+    return slots, mask == 0
 
 
 def check_view(

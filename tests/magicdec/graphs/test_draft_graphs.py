@@ -57,7 +57,7 @@ def test_steps_give_the_logits_of_steps_that_are_not_captured(family: str) -> No
     step = graphs.static_step(bucket=4, width=256)
     generator = torch.Generator().manual_seed(1)
     attention.begin_step(NUM_STEPS - 1)
-    step.views.load(attention)
+    step.views.load(attention.columns())
     for number in range(NUM_STEPS):
         token_ids = torch.randint(model.vocab_size, (3,), generator=generator)
         positions = attention.begin_step(number)
@@ -74,7 +74,7 @@ def test_a_step_could_be_captured() -> None:
     graphs = DraftGraphs(model.forward, model.layers, cache, BACKEND, Capturer(DEVICE))
     step = graphs.static_step(bucket=4, width=256)
     attention.begin_step(NUM_STEPS - 1)
-    step.views.load(attention)
+    step.views.load(attention.columns())
     with CapturedRegion([*tensors_of(model, cache), step.inputs, *step.views.static]):
         step()
 
