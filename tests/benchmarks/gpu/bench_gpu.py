@@ -1,6 +1,7 @@
 """What one GPU does of the bytes it must read: attention, plain, draft and verify steps.
 
 python -m tests.benchmarks.gpu.bench_gpu --out build/gpu          # some minutes, random weights
+python -m tests.benchmarks.gpu.bench_gpu --model FOLDER --out build/gpu   # that model too
 python -m tests.benchmarks.gpu.bench_gpu --tiny --out build/gpu   # on a CPU too: does it run at all
 
 Needs torch, triton, transformers and numpy; matplotlib for --plot. A step's time is from its inputs
@@ -24,6 +25,7 @@ from magicdec.fused_modules import fuse_modules
 from magicdec.kernels.dispatch import select_backend, select_elementwise
 from magicdec.kernels.paged_layout import PagedLayout
 from magicdec.model_loader import LoadedModel, describe_model
+from tests.benchmarks.gpu.end_to_end import end_to_end_rows
 from tests.benchmarks.gpu.steps import Steps, read_bandwidth, seconds_of
 
 BLOCK_SIZE = 64
@@ -31,6 +33,8 @@ DRAFT_LENGTH, DRAFT_BUDGET = 4, 512
 POINTS = ((1, 8192), (8, 8192), (32, 4096), (8, 32768))
 ATTENTION_POINTS = ((8, 8192), (8, 32768), (1, 32768), (1, 131072))
 TINY_POINTS = ((2, 300),)
+END_TO_END_POINTS, END_TO_END_ROUNDS = ((8, 4096), (32, 4096), (32, 7000)), 24
+TINY_BUDGET, TINY_ROUNDS = 96, 2
 COLUMNS = {
     "model": "model",
     "batch": "batch",
@@ -59,6 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, config in shapes(args.tiny).items():
         record["steps"] += step_rows(name, config, device, bandwidth, args.tiny)
     print_table(record["steps"], COLUMNS)
+    if args.model is not None:
+        rounds = TINY_ROUNDS if args.tiny else END_TO_END_ROUNDS
+        points = TINY_POINTS if args.tiny else END_TO_END_POINTS
+        draft = (DRAFT_LENGTH, TINY_BUDGET if args.tiny else DRAFT_BUDGET)
+        record["end to end"] = end_to_end_rows(args.model, points, draft, rounds)
+        print_table(record["end to end"], {key: key for key in record["end to end"][0]})
     (args.out / "gpu.json").write_text(json.dumps(record, indent=1))
     if args.plot:
         plot(record, args.out / "gpu.png")
@@ -68,6 +78,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """None: the command line's."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="a folder, for gpu.json")
+    parser.add_argument("--model", type=Path, help="a Hugging Face folder, to decode real text")
     parser.add_argument("--tiny", action="store_true", help="one small point of small models")
     parser.add_argument("--plot", action="store_true", help="gpu.png beside it")
     args = parser.parse_args(arguments)

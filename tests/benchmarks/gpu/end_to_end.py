@@ -1,0 +1,90 @@
+"""A real model end to end: plain and drafted rounds of the engine in turn, on one live batch."""
+
+import sysconfig
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from magicdec.batch import Plan
+from magicdec.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from magicdec.control.round_policy import FixedPolicy
+from magicdec.engine import Engine
+from magicdec.executor import LocalExecutor
+from magicdec.model_loader import load_tokenizer, read_model_facts
+from magicdec.types import Request, SamplingParams
+
+_BLOCK_SIZE, _SPARE_BLOCKS = 64, 4
+_NUM_MODULES = 60  # of the standard library: text that every machine has
+
+
+def end_to_end_rows(
+    folder: Path,
+    points: Sequence[tuple[int, int]],  # batch, context
+    draft: tuple[int, int],  # drafts a round, over so many positions
+    num_rounds: int,
+    dtype: str = "bfloat16",
+) -> list[dict[str, Any]]:
+    """Tokens a second of the whole batch, sampled at temperature 0.8, and the share of drafts that
+    is accepted. Raises SystemExit where there is too little text."""
+    tokenizer = load_tokenizer(str(folder))
+    ids = list(tokenizer(_text())["input_ids"])
+    arms = {"plain": Plan("recycled", 0, draft[1]), "drafted": Plan("recycled", *draft)}
+    found = []
+    for batch, context in points:
+        if len(ids) < batch * context:
+            raise SystemExit(f"{batch} x {context}: the text holds {len(ids)} tokens")
+        answer = 2 * num_rounds * (draft[0] + 1) + _BLOCK_SIZE
+        blocks = batch * (-(-(context + answer) // _BLOCK_SIZE) + _SPARE_BLOCKS)
+        config = EngineConfig(
+            ModelConfig(str(folder), dtype),
+            CacheConfig(_BLOCK_SIZE, num_blocks=blocks),
+            SchedulerConfig(max_num_seqs=batch, max_batch_tokens=max(512, 64 * batch)),
+        )
+        facts = read_model_facts(str(folder))
+        engine = Engine(config, LocalExecutor(config), tokenizer, facts)
+        prompts = [ids[i * context : (i + 1) * context] for i in range(batch)]
+        _begin(engine, prompts, answer)
+        figures = _rounds(engine, arms, num_rounds)
+        found.append({"model": folder.name, "batch": batch, "context": context, **figures})
+    return found
+
+
+def _begin(engine: Engine, prompts: Sequence[Sequence[int]], answer: int) -> None:
+    """Until all decode."""
+    for i, prompt in enumerate(prompts):
+        sampling = SamplingParams(temperature=0.8, seed=i, max_tokens=answer, ignore_eos=True)
+        engine.add(Request(f"r{i}", tuple(prompt), sampling))
+    begun: set[str] = set()
+    while len(begun) < len(prompts):
+        begun |= {output.request_id for output in engine.step()}
+
+
+def _rounds(engine: Engine, arms: dict[str, Plan], num_rounds: int) -> dict[str, float]:
+    """The first round of each arm captures graphs and makes selections: it is not counted."""
+    tokens, seconds = dict.fromkeys(arms, 0), dict.fromkeys(arms, 0.0)
+    stats = engine.stats
+    drafted = accepted = 0
+    for number in range(num_rounds + 1):
+        for name, plan in arms.items():
+            before = stats.num_draft_tokens, stats.num_accepted_tokens
+            engine.policy = FixedPolicy(plan)
+            started = time.perf_counter()
+            emitted = sum(len(output.token_ids) for output in engine.step())
+            if number > 0:
+                seconds[name] += time.perf_counter() - started
+                tokens[name] += emitted
+                drafted += stats.num_draft_tokens - before[0]
+                accepted += stats.num_accepted_tokens - before[1]
+    rates = {name: tokens[name] / seconds[name] for name in arms}
+    return {
+        "plain_tokens_s": round(rates["plain"], 1),
+        "drafted_tokens_s": round(rates["drafted"], 1),
+        "gain": round(rates["drafted"] / rates["plain"], 3),
+        "accepted": round(accepted / max(drafted, 1), 3),
+    }
+
+
+def _text() -> str:
+    modules = sorted(Path(sysconfig.get_path("stdlib")).glob("[a-z]*.py"))
+    return "\n".join(module.read_text(errors="replace") for module in modules[:_NUM_MODULES])
