@@ -12,7 +12,7 @@ import torch
 from magicdec.roofline import Device
 
 # Larger than caches, and small beside a KV pool that may have left little memory.
-_COPY_BYTES = 64 << 20  # source and target each
+_COPY_BYTES = 128 << 20  # source and target each
 _MATRIX_SIZE = {"cpu": 1024, "cuda": 4096}
 _SECONDS = 0.05  # a rate is measured so long
 _LEAST_RUNS = 3
