@@ -1,5 +1,7 @@
 """The CPU example of the chart: its rendered Serve config on a local Ray, and Prometheus beside it.
 
+It brings a Ray of its own, so other tests of a process would lose theirs: the whole file is slow,
+and tests/helm/test_chart.py runs its first test in a process by itself.
 Every query of the dashboard must find something while requests come: Prometheus itself scrapes
 Ray's exporter and evaluates them.
 """
@@ -28,7 +30,7 @@ from magicdec.cluster.dashboard import ROWS
 from magicdec.deployments.embedded_model import EMBEDDED_MODEL_NAME
 from tests.helm.chart import CHART, example, render
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 needs_prometheus = pytest.mark.skipif(
     shutil.which("prometheus") is None, reason="prometheus is not on PATH"
 )
@@ -141,7 +143,6 @@ def values_of(prometheus: str, expr: str) -> list[float]:
     return [value for value in values if not math.isnan(value)]
 
 
-@pytest.mark.slow
 @needs_prometheus
 def test_every_panel_has_data_under_load(url: str, prometheus: str) -> None:
     wish = {"speculation": {"drafter": "recycled", "draft_length": 4, "draft_budget": 256}}
@@ -164,7 +165,6 @@ def test_every_panel_has_data_under_load(url: str, prometheus: str) -> None:
             assert all(one.result() for one in asked)
 
 
-@pytest.mark.slow
 @needs_prometheus
 def test_watching_takes_less_than_a_hundredth_of_the_rounds(prometheus: str) -> None:
     """Of the embedded model with rounds that choose, forecasts included."""

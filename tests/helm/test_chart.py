@@ -20,6 +20,7 @@ from magicdec.deployments.settings import ServeSettings, parse_settings
 from tests.helm.chart import (
     CHART,
     EXAMPLES,
+    ROOT,
     Object,
     Refused,
     Release,
@@ -141,6 +142,14 @@ def test_examples_render_and_their_application_builds(path: Path) -> None:
     check(release)
     settings = check_agreement(release, values)
     build(settings)
+
+
+def test_the_cpu_example_deploys_on_ray_and_answers() -> None:
+    test = "tests/deployments/test_chart_on_ray.py::test_the_example_answers"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "1 passed" in run.stdout
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
