@@ -15,8 +15,9 @@ from magicdec.config import (
     check_at_least,
     check_at_most,
 )
+from magicdec.deployments.bench_text import neighbouring_windows, read_text
 from magicdec.deployments.engine_settings import GIB
-from magicdec.deployments.live_bench import answer_tokens, neighbouring_windows, read_text
+from magicdec.deployments.live_bench import answer_tokens
 from magicdec.deployments.plan_inputs import read_model
 from magicdec.draft_choice import choose_draft
 from magicdec.planning.devices import PlanDevice

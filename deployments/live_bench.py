@@ -1,14 +1,11 @@
 """Tokens a second of an engine at hand: a batch at a context, under one policy or another."""
 
 import itertools
-import sysconfig
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from magicdec.batch import Batch, Plan, StepResult
-from magicdec.config import ConfigError
 from magicdec.control.policy_snapshot import PolicySnapshot
 from magicdec.control.round_costs import RoundLoad
 from magicdec.control.round_policy import AdaptivePolicy, FixedPolicy, RoundPolicy
@@ -20,7 +17,6 @@ PLAIN = "plain"  # what a round is called that drafts nothing
 TRIAL = " (trial)"  # what is added to the name of a round that explores
 _TOKENS_PER_ROUND = 6  # of a request, on the mean over policies; drafts rarely reach it
 _SPARE_TOKENS = 64
-_NUM_MODULES = 60  # of the standard library: more text than most machines have time for
 
 
 @dataclass
@@ -190,18 +186,3 @@ class _Counting:
 def answer_tokens(num_rounds: int, num_policies: int) -> int:
     """Room for an answer through so many rounds of each policy."""
     return num_rounds * num_policies * _TOKENS_PER_ROUND + _SPARE_TOKENS
-
-
-def read_text(path: Path | None) -> str:
-    """The file, or the source of the standard library: long text that every machine has."""
-    if path is not None:
-        return path.read_text(errors="replace")
-    modules = sorted(Path(sysconfig.get_path("stdlib")).glob("[a-z]*.py"))
-    return "\n".join(module.read_text(errors="replace") for module in modules[:_NUM_MODULES])
-
-
-def neighbouring_windows(ids: Sequence[int], count: int, length: int) -> list[list[int]]:
-    """Prompts of that length, one after the other. Raises ConfigError for too short a text."""
-    if len(ids) < count * length:
-        raise ConfigError(f"the text holds {len(ids)} tokens, {count * length} are needed")
-    return [list(ids[i * length : (i + 1) * length]) for i in range(count)]

@@ -54,6 +54,14 @@ class PagedLayout:
         spans = zip(self.context_lens, self.query_lens, strict=True)
         return np.concatenate([self.slots(i, c, c + n) for i, (c, n) in enumerate(spans)])
 
+    def padded_tables(self) -> NDArray[np.int64]:
+        """[batch, longest], zeros after a shorter one's blocks."""
+        longest = max((len(table) for table in self.block_tables), default=0)
+        tables = np.zeros((len(self.block_tables), longest), dtype=np.int64)
+        for row, table in zip(tables, self.block_tables, strict=True):
+            row[: len(table)] = table
+        return tables
+
     def packed(self, most_rows: int) -> tuple[NDArray[np.int64], ...]:
         """For a compiled kernel, the sequences of so many rows at most: where the rows of each
         begin, query_lens, context_lens, their block tables end to end, and where each begins.
@@ -86,10 +94,7 @@ class PagedLayout:
         context_lens = np.array(self.context_lens, dtype=np.int32)
         row_starts = np.cumsum(query_lens, dtype=np.int32) - query_lens
         is_short = query_lens <= few_rows
-        longest = max((len(table) for table in self.block_tables), default=0)
-        tables = np.zeros((len(query_lens), longest), dtype=np.int32)
-        for i, table in enumerate(self.block_tables):
-            tables[i, : len(table)] = table
+        tables = self.padded_tables()
         arrays = (
             row_starts,
             query_lens,
@@ -105,7 +110,7 @@ class PagedLayout:
             row_starts=parts[0],
             query_lens=parts[1],
             context_lens=parts[2],
-            block_tables=parts[3].view(len(query_lens), longest),
+            block_tables=parts[3].view(tables.shape),
             short=parts[4],
             long=parts[5],
             short_rows=parts[6],

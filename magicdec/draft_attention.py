@@ -84,10 +84,7 @@ class DraftAttention:
         self._step = -1
         self._device = cache.k[0].device
         self._context_lens = torch.tensor(layout.context_lens, device=self._device)
-        longest = max(len(table) for table in layout.block_tables)
-        self._tables = np.zeros((len(layout.block_tables), longest), dtype=np.int64)
-        for row, table in zip(self._tables, layout.block_tables, strict=True):
-            row[: len(table)] = table
+        self._tables = layout.padded_tables()
 
     def begin_step(self, step: int) -> torch.Tensor:
         """Moves to draft step 0, 1, ...; returns the rows' absolute positions, [batch]."""

@@ -22,8 +22,8 @@ from typing import Any
 import ray
 import torch
 
+from magicdec.deployments.bench_text import read_text
 from magicdec.deployments.embedded_model import EMBEDDED_MODEL_NAME, resolve_model
-from magicdec.deployments.live_bench import read_text
 from magicdec.deployments.local_ray import start_local_ray
 from magicdec.deployments.settings import ServeSettings, load_settings
 from magicdec.model_loader import load_tokenizer

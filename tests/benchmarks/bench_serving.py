@@ -30,8 +30,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from magicdec.batch import Plan
 from magicdec.config import CacheConfig, EngineConfig, ModelConfig
 from magicdec.control.round_policy import FixedPolicy
+from magicdec.deployments.bench_text import read_text
 from magicdec.deployments.embedded_model import EMBEDDED_MODEL_NAME, resolve_model
-from magicdec.deployments.live_bench import read_text
 from magicdec.engine import Engine
 from magicdec.executor import LocalExecutor
 from magicdec.model_loader import load_tokenizer, read_model_facts

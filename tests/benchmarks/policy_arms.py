@@ -20,14 +20,13 @@ from magicdec.config import (
     SpeculativeConfig,
 )
 from magicdec.control.round_policy import FixedPolicy, RoundPolicy
+from magicdec.deployments.bench_text import neighbouring_windows, read_text
 from magicdec.deployments.embedded_model import resolve_model
 from magicdec.deployments.engine_builder import build_engine
 from magicdec.deployments.live_bench import (
     PLAIN,
     LiveBench,
     Segment,
-    neighbouring_windows,
-    read_text,
 )
 
 ADAPTIVE = "adaptive"

@@ -78,7 +78,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Any], None]:
         module = ModuleType(name)
         module.__spec__ = ModuleSpec(name, None)
         if attend is not None:
-            module.flash_attn_with_kvcache = attend  # type: ignore[attr-defined]
+            monkeypatch.setattr(module, "flash_attn_with_kvcache", attend, raising=False)
         monkeypatch.setitem(sys.modules, name, module)
 
     return put

@@ -1,6 +1,5 @@
 """A real model end to end: plain and drafted rounds of the engine in turn, on one live batch."""
 
-import sysconfig
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,13 +8,13 @@ from typing import Any
 from magicdec.batch import Plan
 from magicdec.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from magicdec.control.round_policy import FixedPolicy
+from magicdec.deployments.bench_text import neighbouring_windows, read_text
 from magicdec.engine import Engine
 from magicdec.executor import LocalExecutor
 from magicdec.model_loader import load_tokenizer, read_model_facts
 from magicdec.types import Request, SamplingParams
 
 _BLOCK_SIZE, _SPARE_BLOCKS = 64, 4
-_NUM_MODULES = 60  # of the standard library: text that every machine has
 
 
 def end_to_end_rows(
@@ -26,14 +25,13 @@ def end_to_end_rows(
     dtype: str = "bfloat16",
 ) -> list[dict[str, Any]]:
     """Tokens a second of the whole batch, sampled at temperature 0.8, and the share of drafts that
-    is accepted. Raises SystemExit where there is too little text."""
+    is accepted. Raises ConfigError where there is too little text."""
     tokenizer = load_tokenizer(str(folder))
-    ids = list(tokenizer(_text())["input_ids"])
+    ids = list(tokenizer(read_text(None))["input_ids"])
     arms = {"plain": Plan("recycled", 0, draft[1]), "drafted": Plan("recycled", *draft)}
     found = []
     for batch, context in points:
-        if len(ids) < batch * context:
-            raise SystemExit(f"{batch} x {context}: the text holds {len(ids)} tokens")
+        prompts = neighbouring_windows(ids, batch, context)
         answer = 2 * num_rounds * (draft[0] + 1) + _BLOCK_SIZE
         blocks = batch * (-(-(context + answer) // _BLOCK_SIZE) + _SPARE_BLOCKS)
         config = EngineConfig(
@@ -43,7 +41,6 @@ def end_to_end_rows(
         )
         facts = read_model_facts(str(folder))
         engine = Engine(config, LocalExecutor(config), tokenizer, facts)
-        prompts = [ids[i * context : (i + 1) * context] for i in range(batch)]
         _begin(engine, prompts, answer)
         figures = _rounds(engine, arms, num_rounds)
         found.append({"model": folder.name, "batch": batch, "context": context, **figures})
@@ -83,8 +80,3 @@ def _rounds(engine: Engine, arms: dict[str, Plan], num_rounds: int) -> dict[str,
         "gain": round(rates["drafted"] / rates["plain"], 3),
         "accepted": round(accepted / max(drafted, 1), 3),
     }
-
-
-def _text() -> str:
-    modules = sorted(Path(sysconfig.get_path("stdlib")).glob("[a-z]*.py"))
-    return "\n".join(module.read_text(errors="replace") for module in modules[:_NUM_MODULES])
