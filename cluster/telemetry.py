@@ -6,6 +6,7 @@ exported.
 """
 
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from ray.util.metrics import Counter, Gauge, Histogram
 
 from magicdec.cluster import metric_table as m
 from magicdec.cluster.metrics import COMMON_LABELS, Kind, Metric
-from magicdec.round_tally import EngineCounts, RoundTally
+from magicdec.round_tally import EngineCounts, RoundTally, RowKind
 from magicdec.routing.settings import AdmissionStats
 from magicdec.routing.waiting import SHORTEST_CLASS
 from magicdec.stats import EngineStats
@@ -125,26 +126,12 @@ class EngineTelemetry:
         add(m.GENERATION_TOKENS, tally.num_emitted_tokens)
 
     def _publish_drafts(self, tally: RoundTally) -> None:
-        add = self._recorder.count
         for plan, rounds in tally.rounds.items():
             decision = "trial" if plan.explores else "best"
             length, budget = str(plan.draft_length), f"{plan.draft_budget:g}"
-            add(m.ROUNDS, rounds, plan.drafter, length, budget, decision)
-        for row, rows in tally.rows.items():
-            context = context_label(row.context)
-            add(m.ROWS, rows, context, str(row.num_drafted))
-            if row.num_drafted == 0:
-                continue
-            add(m.DRAFTS, rows)
-            add(m.DRAFT_TOKENS, rows * row.num_drafted)
-            add(m.ACCEPTED_TOKENS, rows * row.num_accepted)
-            add(m.DRAFTER_TOKENS, rows * row.num_drafted, row.drafter)
-            add(m.DRAFTER_ACCEPTED, rows * row.num_accepted, row.drafter)
-            for position in range(min(row.num_accepted + 1, row.num_drafted)):
-                add(m.EXAMINED, rows, context, str(position))
-            for position in range(row.num_accepted):
-                add(m.ACCEPTED, rows, context, str(position))
-                add(m.ACCEPTED_PER_POS, rows, str(position))
+            self._recorder.count(m.ROUNDS, rounds, plan.drafter, length, budget, decision)
+        for (metric, *labels), amount in _draft_sums(tally.rows).items():
+            self._recorder.count(metric, amount, *labels)
 
     def _publish_times(self, tally: RoundTally) -> None:
         add = self._recorder.count
@@ -160,6 +147,28 @@ class EngineTelemetry:
         add(m.PLAIN_SECONDS, tally.plain_seconds)
         for bound, seconds in tally.bounds.items():
             add(m.BOUND_SECONDS, seconds, bound)
+
+
+def _draft_sums(rows_of: Mapping[RowKind, int]) -> dict[tuple[Metric, *tuple[str, ...]], int]:
+    """By metric and labels. Kinds of rows are many and series few: adding up here takes a tenth of
+    the time in which Ray records each."""
+    sums: defaultdict[tuple[Metric, *tuple[str, ...]], int] = defaultdict(int)
+    for row, rows in rows_of.items():
+        context, drafted, accepted = context_label(row.context), row.num_drafted, row.num_accepted
+        sums[m.ROWS, context, str(drafted)] += rows
+        if drafted == 0:
+            continue
+        sums[(m.DRAFTS,)] += rows
+        sums[(m.DRAFT_TOKENS,)] += rows * drafted
+        sums[(m.ACCEPTED_TOKENS,)] += rows * accepted
+        sums[m.DRAFTER_TOKENS, row.drafter] += rows * drafted
+        sums[m.DRAFTER_ACCEPTED, row.drafter] += rows * accepted
+        for position in range(min(accepted + 1, drafted)):
+            sums[m.EXAMINED, context, str(position)] += rows
+        for position in range(accepted):
+            sums[m.ACCEPTED, context, str(position)] += rows
+            sums[m.ACCEPTED_PER_POS, str(position)] += rows
+    return sums
 
 
 class RouterTelemetry:

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from magicdec.acceptance.prior import context_bucket
 from magicdec.batch import Batch, Plan, ScheduledSequence, SequenceResult, StepResult
@@ -17,8 +18,7 @@ from magicdec.stats import EngineLoad, EngineStats, KvBlocks, StepForecast
 NO_DRAFTER = "none"
 
 
-@dataclass(frozen=True, slots=True)
-class RoundKind:
+class RoundKind(NamedTuple):
     """What a round's plan was. `draft_budget` is 0 where nothing is drafted."""
 
     drafter: str
@@ -33,8 +33,7 @@ class RoundKind:
         return cls(plan.drafter, plan.draft_length, plan.draft_budget, plan.explores)
 
 
-@dataclass(frozen=True, slots=True)
-class RowKind:
+class RowKind(NamedTuple):
     """What became of a decode row. `context`: its bucket (acceptance/prior.py)."""
 
     drafter: str
@@ -80,11 +79,12 @@ class RoundTally:
         self.verify_seconds += result.verify_seconds
         num_rows = num_verify_rows = num_prefill_rows = num_tokens = 0
         for share, outcome in zip(batch.sequences, result.sequences, strict=True):
-            self.num_emitted_tokens += len(outcome.token_ids)
+            num_emitted = len(outcome.token_ids)
+            self.num_emitted_tokens += num_emitted
             if share.is_decode_row:
                 num_rows += 1
                 num_verify_rows += 1 + outcome.num_draft_tokens
-                num_tokens += len(outcome.token_ids)
+                num_tokens += num_emitted
                 self._add_row(share, outcome)
             else:
                 num_prefill_rows += len(share.token_ids)
@@ -98,15 +98,14 @@ class RoundTally:
         self.tally_seconds += time.perf_counter() - started
 
     def _add_row(self, share: ScheduledSequence, outcome: SequenceResult) -> None:
-        num_drafted = outcome.num_draft_tokens
-        drafter = share.draft.drafter if share.draft and num_drafted else NO_DRAFTER
-        bucket = context_bucket(share.num_tokens)
+        num_drafted, num_tokens, draft = outcome.num_draft_tokens, share.num_tokens, share.draft
+        self.num_verify_positions += num_tokens
+        drafter = NO_DRAFTER
+        if num_drafted > 0 and draft is not None:
+            drafter = draft.drafter
+            self.num_draft_positions += num_drafted * min(draft.draft_budget, num_tokens)
+        bucket = context_bucket(num_tokens)
         self.rows[RowKind(drafter, bucket, num_drafted, outcome.num_accepted_tokens)] += 1
-        self.num_verify_positions += share.num_tokens
-        if share.draft is not None:
-            self.num_draft_positions += num_drafted * min(
-                share.draft.draft_budget, share.num_tokens
-            )
 
     def _add_forecast(self, forecast: StepForecast, seconds: float, tokens_a_row: float) -> None:
         self.foreseen_step_seconds += seconds

@@ -113,6 +113,7 @@ class AdaptivePolicy:
         first = axes.served_settings()[0]
         self.chosen = RoundChoice(Plan(axes.name(first)[0], 0, axes.name(first)[1]))
         self._load = RoundLoad(())
+        self._foreseen: tuple[RoundChoice, StepForecast] | None = None
 
     def choose(self, load: RoundLoad) -> Plan:
         """See RoundPolicy."""
@@ -127,7 +128,12 @@ class AdaptivePolicy:
         )
 
     def forecast(self) -> StepForecast:
-        """See RoundPolicy."""
+        """See RoundPolicy. A choice that stands for several rounds was foreseen once."""
+        if self._foreseen is None or self._foreseen[0] is not self.chosen:
+            self._foreseen = self.chosen, self._forecast()
+        return self._foreseen[1]
+
+    def _forecast(self) -> StepForecast:
         load, plan = self._load, self.chosen.plan
         prefill = self.costs.prefill_seconds(load)
         decodes = bool(load.context_lens)  # otherwise the choice has no prediction
