@@ -13,7 +13,7 @@ from magicdec.deployments.batch_cli import batch
 from magicdec.deployments.bench_cli import bench
 from magicdec.deployments.command_errors import one_line_errors
 from magicdec.deployments.dashboards_cli import dashboards
-from magicdec.deployments.embedded_model import list_models, resolve_model
+from magicdec.deployments.embedded_model import list_models, resolve_models
 from magicdec.deployments.plan_cli import plan
 from magicdec.deployments.settings import ServeSettings, SettingsError, load_settings
 from magicdec.deployments.simulate_cli import simulate
@@ -112,8 +112,7 @@ def generate(
     with one_line_errors():
         settings = _settings(config, flags)
         text = _prompt_text(prompt, prompt_file)
-        for path in settings.model_paths:
-            resolve_model(path)
+        resolve_models(settings.model_paths)
         _generate(settings, text, sampling, chat=chat)
 
 
@@ -121,7 +120,8 @@ def generate(
 def models() -> None:
     """List the models that can be named without a folder or a hub id."""
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("name", "state", "folder", "description"):
+    table.add_column("name", no_wrap=True)  # to be copied from here
+    for column in ("state", "folder", "description"):
         table.add_column(column, overflow="fold")
     for entry in list_models():
         state = "ready" if entry.converted else "converted at first use"

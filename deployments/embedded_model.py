@@ -9,7 +9,7 @@ import fcntl
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -71,6 +71,15 @@ def resolve_model(name_or_path: str, cache_dir: Path | None = None) -> str:
             f"the embedded model is {EMBEDDED_MODEL_NAME!r}"
         )
     return name_or_path
+
+
+def resolve_models(names_or_paths: Iterable[str]) -> None:
+    """Of several, a name that is wrong is told before the embedded model is converted.
+
+    Raises ModelNotFoundError.
+    """
+    for name_or_path in sorted(names_or_paths, key=lambda name: name == EMBEDDED_MODEL_NAME):
+        resolve_model(name_or_path)
 
 
 def _model_folder(cache_dir: Path | None) -> Path:

@@ -10,7 +10,7 @@ from rich.table import Table
 from magicdec.deployments.embedded_model import (
     EMBEDDED_MODEL_NAME,
     list_models,
-    resolve_model,
+    resolve_models,
 )
 from magicdec.deployments.engine_settings import SpeculationSettings
 from magicdec.deployments.local_ray import check_port, start_local_ray
@@ -49,8 +49,7 @@ def _prepare(settings: ServeSettings) -> None:
     compiling = threading.Thread(target=_compile_kernels, daemon=True)
     if converts:
         compiling.start()
-    for path in settings.model_paths:
-        resolve_model(path)
+    resolve_models(settings.model_paths)
     if converts:
         compiling.join()
 

@@ -27,8 +27,21 @@ def test_each_command_has_help(command: str) -> None:
     assert "Usage" in result.output
 
 
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine on which nothing was converted yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+@pytest.mark.usefixtures("empty_cache")
 def test_models_lists_the_embedded_one() -> None:
     assert EMBEDDED_MODEL_NAME in RUNNER.invoke(app, ["models"]).output
+
+
+@pytest.mark.usefixtures("empty_cache")
+@pytest.mark.parametrize("command", [["serve"], ["generate", "hello"]])
+def test_a_wrong_draft_model_is_told_before_anything_is_converted(command: list[str]) -> None:
+    check_one_line([*command, "--draft-model", "/no/such/draft"], "'/no/such/draft' is neither")
 
 
 @pytest.mark.parametrize(
