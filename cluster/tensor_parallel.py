@@ -65,7 +65,7 @@ def load_shard(folder: Path, dtype: torch.dtype) -> nn.Module:
     with parameters_on_meta():
         meta_module = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
     checkpoint = Checkpoint.index(folder, meta_module)
-    reason = checkpoint.why_not_by_name()
+    reason = checkpoint.why_not_by_name
     if reason is None:
         module = _shard(meta_module, dtype)
         reason = _why_not_contiguous(module)

@@ -1,4 +1,4 @@
-"""A checkpoint's safetensors files, read tensor by tensor: the whole of each, or a rank's slice.
+"""A model's safetensors files, read tensor by tensor: the whole of each, or a rank's slice.
 
     module on meta (shapes only) -> index of the files -> one tensor after another to its device
 
@@ -7,6 +7,8 @@ One file is open at a time, so what the host needs beside the page cache is a te
 
 import contextlib
 import json
+import logging
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -17,9 +19,21 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
+
+from magicdec.config import ConfigError
+
+logger = logging.getLogger(__name__)
 
 Shape = tuple[int, ...]
 Bounds = list[tuple[int, int]]  # (start, stop) on each axis
+
+
+class CheckpointError(ConfigError):
+    """Files that do not fit the model's config.json, which their owner can mend. Names the
+    parameter."""
 
 
 @contextlib.contextmanager
@@ -66,30 +80,18 @@ class Checkpoint:
 
     files: dict[str, Path]  # stored name -> file
     stored_names: dict[str, str]  # parameter -> stored name; a tied one has its partner's
-    missing: tuple[str, ...]
+    why_not_by_name: str | None  # None: the files hold the parameters as they are, and no more
 
     @classmethod
     def index(cls, folder: Path, module: nn.Module) -> "Checkpoint":
+        """Reads names alone. The module is one of transformers."""
         files = dict(_stored_tensors(folder))
         tied = getattr(module, "all_tied_weights_keys", None) or {}
-        names = {}
-        missing = []
-        for name, _ in module.named_parameters(remove_duplicate=False):
-            stored = name if name in files else tied.get(name, name)
-            names[name] = stored
-            if stored not in files:
-                missing.append(name)
-        return cls(files, names, tuple(missing))
-
-    def why_not_by_name(self) -> str | None:
-        """None where the files hold the module's parameters by name and nothing else."""
-        if not self.files:
-            return "it has no safetensors files"
-        if self.missing:
-            return f"{len(self.missing)} parameters are stored otherwise, first {self.missing[0]}"
-        if unknown := self.files.keys() - set(self.stored_names.values()):
-            return f"{len(unknown)} stored tensors are no parameters, first {min(unknown)}"
-        return None
+        names = {
+            name: name if name in files else tied.get(name, name)
+            for name, _ in module.named_parameters(remove_duplicate=False)
+        }
+        return cls(files, names, _why_not_by_name(files, names, module))
 
     def tensors(self) -> Iterator[tuple[str, StoredTensor]]:
         """Every parameter's name and what is stored for it, which is read before the next.
@@ -101,6 +103,78 @@ class Checkpoint:
             with safe_open(path, framework="pt") as file:
                 for _, stored_name, name in entries:
                     yield name, StoredTensor(file.get_slice(stored_name))
+
+
+def load_module(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The whole model in `folder` on one device, in evaluation mode.
+
+    Tensor by tensor onto the device; transformers' own loader, over the host's memory, where the
+    files do not hold the parameters by name, and the log says why. Raises CheckpointError.
+    """
+    started = time.perf_counter()
+    with parameters_on_meta():
+        module = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(folder), dtype=dtype, attn_implementation="eager"
+        )
+    checkpoint = Checkpoint.index(folder, module)
+    if checkpoint.why_not_by_name is None:
+        _read_parameters(module, checkpoint, device)
+    else:
+        logger.warning(
+            "%s is loaded whole on the host first: %s", folder, checkpoint.why_not_by_name
+        )
+        module = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation="eager"
+        )
+    module.to(device)  # of what was read there, the buffers alone
+    num_bytes = sum(parameter.nbytes for parameter in module.parameters())
+    seconds = time.perf_counter() - started
+    logger.info("%s: %.2f GiB of weights in %.1f s", folder, num_bytes / (1 << 30), seconds)
+    loaded: nn.Module = module.eval()
+    return loaded
+
+
+def _read_parameters(module: Any, checkpoint: Checkpoint, device: torch.device) -> None:
+    """In the dtype that each was built with. Tied ones are read once, and stay one."""
+    built = dict(module.named_parameters(remove_duplicate=False))
+    for name, stored in checkpoint.tensors():
+        if checkpoint.stored_names[name] != name:
+            continue
+        if stored.shape != built[name].shape:
+            raise CheckpointError(
+                f"{name}: the file holds {list(stored.shape)}, config.json makes it "
+                f"{list(built[name].shape)}"
+            )
+        owner, _, leaf = name.rpartition(".")
+        values = stored.read().to(device, built[name].dtype)
+        setattr(module.get_submodule(owner), leaf, nn.Parameter(values, requires_grad=False))
+    names = checkpoint.stored_names.items()
+    # Unties what the files hold twice with different numbers, as transformers does.
+    module.tie_weights({name for name, stored in names if name != stored}, recompute_mapping=False)
+
+
+def _why_not_by_name(files: dict[str, Path], names: dict[str, str], module: Any) -> str | None:
+    if not files:
+        return "it has no safetensors files"
+    if "quantization_config" in vars(module.config):
+        return "it is quantised"
+    if missing := [name for name, stored in names.items() if stored not in files]:
+        return f"{len(missing)} parameters are stored otherwise, first {missing[0]}"
+    if unknown := files.keys() - set(names.values()):
+        return f"{len(unknown)} stored tensors are no parameters, first {min(unknown)}"
+    if converted := _converted(files, module):
+        return f"transformers converts {len(converted)} tensors on loading, first {converted[0]}"
+    if wider := module._get_dtype_plan(module.dtype):
+        return f"transformers keeps parameters in another dtype: {', '.join(sorted(wider))}"
+    return None
+
+
+def _converted(files: dict[str, Path], module: Any) -> list[str]:
+    """Stored under a parameter's name, and yet laid out otherwise."""
+    steps = [
+        step for step in get_model_conversion_mapping(module) if isinstance(step, WeightConverter)
+    ]
+    return sorted(name for name in files if any(s.compiled_sources.search(name) for s in steps))
 
 
 def _stored_tensors(folder: Path) -> Iterator[tuple[str, Path]]:
