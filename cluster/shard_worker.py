@@ -21,6 +21,7 @@ from magicdec.compute_dtype import compute_dtype
 from magicdec.config import EngineConfig
 from magicdec.model_loader import describe_model, resolve_checkpoint
 from magicdec.profiling.device_rates import RankDevice
+from magicdec.profiling.memory_profile import device_memory
 from magicdec.runner import ModelRunner
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ class ShardWorker:
         dtype = self._config.model.dtype
         device = torch.device("cuda" if rendezvous.use_gpu else "cpu")
         model = describe_model(load_shard(folder, compute_dtype(dtype, device)), dtype)
-        self._runner = ModelRunner(model, self._config)
+        self._runner = ModelRunner(model, self._config, device_memory(device))
         return ShardFacts(
             self._runner.num_affordable_blocks(),
             self._runner.attention_backend,

@@ -9,10 +9,7 @@ gives every slice, and each rank reads its bytes alone from the safetensors file
 
 import contextlib
 import io
-import json
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -21,16 +18,15 @@ import deepspeed.ops
 import torch
 import torch.distributed as dist
 from deepspeed.module_inject.layers import SubParamColumnParallel
-from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from magicdec.checkpoint import Bounds, Checkpoint, Shape, parameters_on_meta
 from magicdec.cluster.placement import Rendezvous
 
 logger = logging.getLogger(__name__)
 
 JOIN_TIMEOUT_SECONDS = 300.0
-Shape = tuple[int, ...]
 
 
 class ShardError(RuntimeError):
@@ -68,8 +64,8 @@ def load_shard(folder: Path, dtype: torch.dtype) -> nn.Module:
     model_config = AutoConfig.from_pretrained(folder)
     with parameters_on_meta():
         meta_module = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
-    checkpoint = _Checkpoint.index(folder, meta_module)
-    reason = checkpoint.why_not_sliced()
+    checkpoint = Checkpoint.index(folder, meta_module)
+    reason = checkpoint.why_not_by_name
     if reason is None:
         module = _shard(meta_module, dtype)
         reason = _why_not_contiguous(module)
@@ -78,27 +74,6 @@ def load_shard(folder: Path, dtype: torch.dtype) -> nn.Module:
             return module.eval()
     logger.warning("rank loads the whole model before splitting it: %s", reason)
     return _load_whole(folder, dtype)
-
-
-@contextlib.contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Modules built here hold parameters without storage; their buffers are real.
-
-    Stands in for deepspeed.OnDevice, which replaces Tensor.__new__, so that a module that Python
-    imports meanwhile breaks (GLM-4 and the MoE models import torch._dynamo there).
-    """
-    register = nn.Module.register_parameter
-
-    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None:
-            param = nn.Parameter(param.to("meta"), requires_grad=False)
-        register(self, name, param)
-
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _load_whole(folder: Path, dtype: torch.dtype) -> nn.Module:
@@ -135,22 +110,22 @@ def _why_not_contiguous(module: nn.Module) -> str | None:
     return None
 
 
-def _read_slices(module: nn.Module, checkpoint: "_Checkpoint") -> None:
-    local = {name: tuple(p.shape) for name, p in module.named_parameters(remove_duplicate=False)}
+def _read_slices(module: nn.Module, checkpoint: Checkpoint) -> None:
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    local = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     shapes: list[dict[str, Shape] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(shapes, local)
     by_rank = [shape for shape in shapes if shape is not None]
-    with contextlib.ExitStack() as files, torch.no_grad():
-        reader = _SliceReader(checkpoint, files)
-        for name, parameter in module.named_parameters(remove_duplicate=False):
+    with torch.no_grad():
+        for name, stored in checkpoint.tensors():
             bounds = slice_bounds(
-                name, [shape[name] for shape in by_rank], reader.shape(name), dist.get_rank()
+                name, [shape[name] for shape in by_rank], stored.shape, dist.get_rank()
             )
             if all(stop > start for start, stop in bounds):
-                parameter.copy_(reader.read(name, bounds))
+                parameters[name].copy_(stored.read(bounds))
 
 
-def slice_bounds(name: str, shapes: list[Shape], full: Shape, rank: int) -> list[tuple[int, int]]:
+def slice_bounds(name: str, shapes: list[Shape], full: Shape, rank: int) -> Bounds:
     """(start, stop) on each axis of the full tensor, given the shape that every rank holds.
 
     An axis is either whole on all ranks or cut, in rank order. Raises ShardError where the cuts
@@ -171,68 +146,3 @@ def slice_bounds(name: str, shapes: list[Shape], full: Shape, rank: int) -> list
             raise ShardError(f"{name}: shards {shapes} do not tile the shape {full}")
         bounds.append((start, start + sizes[rank]))
     return bounds
-
-
-@dataclass(frozen=True, slots=True)
-class _Checkpoint:
-    """Which safetensors file holds each parameter of a module."""
-
-    files: dict[str, Path]  # stored name -> file
-    stored_names: dict[str, str]  # parameter -> stored name; a tied one has its partner's
-    missing: tuple[str, ...]
-
-    @classmethod
-    def index(cls, folder: Path, module: nn.Module) -> "_Checkpoint":
-        files = dict(_stored_tensors(folder))
-        tied = getattr(module, "all_tied_weights_keys", None) or {}
-        names = {}
-        missing = []
-        for name, _ in module.named_parameters(remove_duplicate=False):
-            stored = name if name in files else tied.get(name, name)
-            names[name] = stored
-            if stored not in files:
-                missing.append(name)
-        return cls(files, names, tuple(missing))
-
-    def why_not_sliced(self) -> str | None:
-        if not self.files:
-            return "it has no safetensors files"
-        if self.missing:
-            return f"{len(self.missing)} parameters are stored otherwise, first {self.missing[0]}"
-        if unknown := self.files.keys() - set(self.stored_names.values()):
-            return f"{len(unknown)} stored tensors are no parameters, first {min(unknown)}"
-        return None
-
-
-def _stored_tensors(folder: Path) -> Iterator[tuple[str, Path]]:
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
-    if index.exists():
-        for name, file in json.loads(index.read_text())["weight_map"].items():
-            yield name, folder / file
-    elif single.exists():
-        with safe_open(single, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (not a mapping)
-                yield name, single
-
-
-class _SliceReader:
-    """Reads parts of tensors from files it opens once and that `files` closes."""
-
-    def __init__(self, checkpoint: _Checkpoint, files: contextlib.ExitStack) -> None:
-        self._checkpoint = checkpoint
-        self._open = {
-            path: files.enter_context(safe_open(path, framework="pt"))
-            for path in set(checkpoint.files.values())
-        }
-
-    def shape(self, name: str) -> Shape:
-        return tuple(self._slice(name).get_shape())
-
-    def read(self, name: str, bounds: list[tuple[int, int]]) -> torch.Tensor:
-        part: torch.Tensor = self._slice(name)[tuple(slice(*bound) for bound in bounds)]
-        return part
-
-    def _slice(self, name: str):  # type: ignore[no-untyped-def]
-        stored = self._checkpoint.stored_names[name]
-        return self._open[self._checkpoint.files[stored]].get_slice(stored)

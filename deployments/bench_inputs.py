@@ -5,11 +5,13 @@ from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from magicdec.batch import Plan as RoundPlan
 from magicdec.config import (
     OBSERVATION_WINDOW,
+    CacheConfig,
     ConfigError,
     EngineConfig,
     check_at_least,
@@ -97,12 +99,21 @@ def check_context(request: BenchRequest, config: EngineConfig, model: PlanModel)
         check_at_most(what, max(request.context_lens), limit - request.answer_tokens)
 
 
-def pool_tokens(config: EngineConfig, model: PlanModel) -> int:
-    """What the KV pool will hold, a draft model's memory left in it."""
+def pool_tokens(config: EngineConfig, model: PlanModel) -> int | None:
+    """What the KV pool will hold, a draft model's memory left in it. None: a GPU's engine finds it
+    out when it has loaded."""
     cache, token_bytes = config.cache, model.geometry.kv_bytes_per_token
     if cache.num_blocks is not None:
         return cache.num_blocks * cache.block_size
-    return int(cache.kv_cache_bytes // (token_bytes * cache.block_size)) * cache.block_size
+    pool = _pool_bytes(cache)
+    return (
+        None if pool is None else int(pool // (token_bytes * cache.block_size)) * cache.block_size
+    )
+
+
+def _pool_bytes(cache: CacheConfig) -> int | None:
+    sized_by_gpu = cache.kv_cache_bytes is None and torch.cuda.is_available()
+    return None if sized_by_gpu else cache.pool_bytes
 
 
 def check_pool(
@@ -124,10 +135,10 @@ def check_pool(
     missing = batch * held - num_tokens
     if config.cache.num_blocks is not None:
         ways.append(f"num_blocks {config.cache.num_blocks + missing // block_size:,}")
-    else:
+    elif (pool := _pool_bytes(config.cache)) is not None:
         # A whole block more, so that rounding a block down does not matter.
         more = (missing + block_size) * model.geometry.kv_bytes_per_token
-        gib = math.ceil(100 * (config.cache.kv_cache_bytes + more) / GIB) / 100
+        gib = math.ceil(100 * (pool + more) / GIB) / 100
         ways.append(f"kv_cache_gib {gib:,.2f}")
     raise ConfigError(
         f"batch {batch} at context {context:,}: with {answer} tokens for an answer its KV takes "

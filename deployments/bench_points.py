@@ -112,11 +112,14 @@ def run_bench(
     config = bench_config(config, request)
     model = read_model(config.model.path, config.model.dtype, on_this_machine=True)
     check_context(request, config, model)
-    check_pool(request, config, model, pool_tokens(config, model))
+    num_tokens = pool_tokens(config, model)
+    if num_tokens is not None:
+        check_pool(request, config, model, num_tokens)
     prompts = read_prompts(request, load_tokenizer(resolve_model(config.model.path)), text)
     built = build_engine(config)
     try:
-        # A draft model takes its memory out of the pool: only now it is known what is left.
+        # A draft model takes its memory out of the pool, and a GPU's is sized by what it has left:
+        # only now both are known.
         check_pool(request, config, model, built.engine.load().total_kv_tokens)
         layers = model.geometry.num_layers
         device = read_device(THIS, config.model.dtype, _MEASURED, layers)

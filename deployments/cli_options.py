@@ -24,7 +24,10 @@ MaxModelLen = Annotated[
     int | None, typer.Option(help="Longest context in tokens.", show_default=False)
 ]
 KvCacheGib = Annotated[
-    float | None, typer.Option(help="KV pool of one rank, GiB.", show_default=False)
+    float | None,
+    typer.Option(
+        help="KV pool of one rank, GiB; default: what a GPU has left.", show_default=False
+    ),
 ]
 DraftLength = Annotated[
     int | None,

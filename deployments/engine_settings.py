@@ -10,7 +10,6 @@ from magicdec.config import (
     DRAFTERS,
     MAX_DRAFT_LENGTH,
     AdaptiveConfig,
-    CacheConfig,
     ConfigError,
     DraftModelConfig,
     ModelConfig,
@@ -23,7 +22,6 @@ from magicdec.deployments.embedded_model import EMBEDDED_MODEL_NAME
 
 GIB = 1 << 30
 _MODEL = ModelConfig(path=EMBEDDED_MODEL_NAME)
-_CACHE = CacheConfig()
 _SCHEDULER = SchedulerConfig()
 _SPECULATION = SpeculativeConfig()
 _ADAPTIVE = AdaptiveConfig()
@@ -60,21 +58,6 @@ class ModelSettings(Section):
     def name(self) -> str:
         """What /v1/models lists and requests must name."""
         return self.served_name or Path(self.path).name
-
-
-class CacheSettings(Section):
-    block_size: int = Field(default=_CACHE.block_size, description="Tokens a KV block.")
-    kv_cache_gib: float = Field(
-        default=_CACHE.kv_cache_bytes / GIB, gt=0, description="KV pool of one rank, in GiB."
-    )
-    num_blocks: int | None = Field(
-        default=_CACHE.num_blocks,
-        description="Size of the KV pool in blocks; overrides kv_cache_gib.",
-    )
-    prefix_caching: bool = Field(
-        default=_CACHE.prefix_caching,
-        description="Prompts that begin alike share the KV blocks of what they have in common.",
-    )
 
 
 class SchedulerSettings(Section):
@@ -191,7 +174,7 @@ class SpeculationSettings(Section):
     draft_model_window: int | None = Field(
         default=_DRAFT_MODEL.window,
         description="draft_model: KV positions that it keeps of each sequence; empty: all of them. "
-        "Either comes out of kv_cache_gib.",
+        "Either comes out of the KV pool.",
     )
 
     def config(self) -> SpeculativeConfig:

@@ -13,9 +13,9 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from magicdec.compute_dtype import compute_dtype, weight_element_bytes
-from magicdec.config import DTYPES, ConfigError
+from magicdec.config import DTYPES, MEMORY_SHARE, ConfigError
 from magicdec.deployments.embedded_model import resolve_model
-from magicdec.planning.devices import MEMORY_USABLE, PlanDevice, known_device
+from magicdec.planning.devices import PlanDevice, known_device
 from magicdec.planning.memory import PlanModel
 from magicdec.profiling.device_rates import measure_device
 from magicdec.roofline import ModelGeometry
@@ -167,8 +167,8 @@ def _this_device(dtype: str) -> PlanDevice:
         name=measured.name,
         bandwidth=measured.rates.bandwidth,
         arithmetic=measured.rates.arithmetic,
-        usable_bytes=MEMORY_USABLE * measured.rates.memory_bytes,
-        origin=f"measured here, {MEMORY_USABLE:.0%} of the memory",
+        usable_bytes=MEMORY_SHARE * measured.rates.memory_bytes,
+        origin=f"measured here, {MEMORY_SHARE:.0%} of the memory",
     )
 
 

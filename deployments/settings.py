@@ -14,9 +14,8 @@ from magicdec.config import (
     ParallelConfig,
     SchedulerConfig,
 )
+from magicdec.deployments.cache_settings import CacheSettings
 from magicdec.deployments.engine_settings import (
-    GIB,
-    CacheSettings,
     ModelSettings,
     ParallelSettings,
     SchedulerSettings,
@@ -202,7 +201,8 @@ class ServeSettings(Section):
             ),
             cache=CacheConfig(
                 block_size=self.cache.block_size,
-                kv_cache_bytes=int(self.cache.kv_cache_gib * GIB),
+                kv_cache_bytes=self.cache.kv_cache_bytes,
+                memory_share=self.cache.memory_share,
                 num_blocks=self.cache.num_blocks,
                 prefix_caching=self.cache.prefix_caching,
             ),

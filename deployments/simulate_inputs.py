@@ -69,7 +69,7 @@ def _profiled(flags: MachineFlags, path: Path) -> Machine:
     except ValueError as error:
         raise ConfigError(f"profile {path} cannot be used: {error}") from error
     geometry = read_model(flags.model, key.dtype).geometry
-    pool = CacheConfig().kv_cache_bytes * key.tensor_parallel_size
+    pool = CacheConfig().pool_bytes * key.tensor_parallel_size
     engine = _engine(flags, pool // geometry.kv_bytes_per_token, settings)
     costs = ProfiledRoundCosts(profile, geometry, SpeculativeConfig())
     return Machine(costs, engine, f"profile of {key.device}, {key.num_threads} threads")

@@ -8,6 +8,8 @@ MAX_DRAFT_LENGTH = 16  # kernels take up to 17 rows a sequence
 OBSERVATION_WINDOW = 32  # last rows of a prompt, whose attention seeds SnapKV's selection
 DRAFTERS = ("streaming", "snapkv", "recycled", "draft_model", "ngram")
 VERIFICATION_RULES = ("shared_gumbel", "optimal_coupling")
+MEMORY_SHARE = 0.9  # of a GPU's memory; the rest is for what no start-up can see
+CPU_KV_CACHE_BYTES = 2 << 30  # of a rank that shares the host's memory
 
 
 class ConfigError(ValueError):
@@ -49,15 +51,25 @@ class CacheConfig:
     """The paged KV pool of one rank."""
 
     block_size: int = 64  # tokens a block; flash-attn needs a multiple of 256
-    kv_cache_bytes: int = 2 << 30  # a rank's share; the pool is as many whole blocks as fit
+    # A rank's share, of which the pool is as many whole blocks as fit. None: what memory_share
+    # leaves beside the model on a GPU, CPU_KV_CACHE_BYTES on a CPU.
+    kv_cache_bytes: int | None = None
+    memory_share: float = MEMORY_SHARE  # of a GPU's memory, for the model and the pool together
     num_blocks: int | None = None  # overrides kv_cache_bytes
     prefix_caching: bool = True  # prompts that begin alike share the blocks of their prefix
 
     def __post_init__(self) -> None:
         check_at_least("block_size", self.block_size, 1)
-        check_at_least("kv_cache_bytes", self.kv_cache_bytes, 1)
+        if self.kv_cache_bytes is not None:
+            check_at_least("kv_cache_bytes", self.kv_cache_bytes, 1)
+        check_share("memory_share", self.memory_share)
         if self.num_blocks is not None:
             check_at_least("num_blocks", self.num_blocks, 1)
+
+    @property
+    def pool_bytes(self) -> int:
+        """What is set, or a CPU's default: a GPU's rank sets what it has found to be free."""
+        return CPU_KV_CACHE_BYTES if self.kv_cache_bytes is None else self.kv_cache_bytes
 
 
 @dataclass(frozen=True, slots=True)

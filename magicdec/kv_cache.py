@@ -94,5 +94,5 @@ def num_affordable_blocks(
     block_bytes = bytes_per_token(layers, dtype) * cache.block_size
     if block_bytes == 0:
         return 2**31
-    check_at_least("kv_cache_bytes (one block)", cache.kv_cache_bytes, block_bytes)
-    return cache.kv_cache_bytes // block_bytes
+    check_at_least("kv_cache_bytes (one block)", cache.pool_bytes, block_bytes)
+    return cache.pool_bytes // block_bytes

@@ -13,7 +13,6 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedTokenizerBase,
@@ -25,6 +24,7 @@ from magicdec.attention import (
     UnsupportedModel,
     register_attention,
 )
+from magicdec.checkpoint import load_module
 from magicdec.compute_dtype import compute_dtype, packing_library
 from magicdec.config import ConfigError, EngineConfig, ModelConfig
 from magicdec.fused_modules import fuse_modules
@@ -135,13 +135,12 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(config: ModelConfig, device: torch.device) -> LoadedModel:
-    """The whole model on one device; `cluster/tensor_parallel.py` loads shards."""
-    module: nn.Module = AutoModelForCausalLM.from_pretrained(
-        resolve_checkpoint(config.path),
-        dtype=compute_dtype(config.dtype, device),
-        attn_implementation="eager",
-    )
-    module = module.to(device)
+    """The whole model on one device; `cluster/tensor_parallel.py` loads shards.
+
+    Raises CheckpointError for files that do not fit the model's config.json.
+    """
+    dtype = compute_dtype(config.dtype, device)
+    module = load_module(resolve_checkpoint(config.path), dtype, device)
     if config.dtype == "bfloat16":  # fp32 models give transformers' own tokens
         kernels = select_elementwise(device, next(module.parameters()).dtype)
         if kernels is not None:

@@ -9,7 +9,7 @@ from magicdec.attention import AttentionContext, PagedAttention, row_positions
 from magicdec.batch import Batch, ScheduledSequence, SequenceResult, StepResult
 from magicdec.config import EngineConfig
 from magicdec.drafters.base import Drafter
-from magicdec.drafters.build import build_drafters, num_blocks_beside_draft
+from magicdec.drafters.build import build_drafters, num_blocks_beside_draft, pool_bytes
 from magicdec.drafters.draft_model import DraftModel
 from magicdec.graphs.capture import Capturer
 from magicdec.graphs.draft_graphs import DraftGraphs
@@ -19,6 +19,13 @@ from magicdec.kernels.paged_layout import PagedLayout
 from magicdec.kv_cache import PagedKVCache
 from magicdec.model_loader import LoadedModel, load_draft_model, load_model, read_model_facts
 from magicdec.profiling.device_rates import RankDevice, measure_device
+from magicdec.profiling.memory_profile import (
+    DeviceMemory,
+    device_memory,
+    largest_step,
+    profile_memory,
+    size_pool,
+)
 from magicdec.sampler import Proposal, Sampler, SamplerRow
 from magicdec.verification import VerificationRule, verification_rule
 
@@ -30,11 +37,16 @@ class ModelRunner:
     a step needs no exchange beyond the model's own all-reduces.
     """
 
-    def __init__(self, model: LoadedModel, config: EngineConfig) -> None:
+    def __init__(
+        self, model: LoadedModel, config: EngineConfig, memory: DeviceMemory | None = None
+    ) -> None:
+        """`memory` is what the KV pool has to fit into; None: what is set is taken as it is."""
         self._model = model
+        self._memory = memory
         self._config = config
         facts = read_model_facts(config.model.path)
-        self._max_model_len = config.model.max_model_len or facts.max_position_embeddings
+        limit = facts.max_position_embeddings
+        self._max_model_len = min(config.model.max_model_len or limit, limit)
         sampler = Sampler(facts.eos_token_ids, select_gumbel_argmax(model.device))
         self._rule: VerificationRule = verification_rule(config.speculation.verification, sampler)
         block_size = config.cache.block_size
@@ -53,7 +65,7 @@ class ModelRunner:
         if config.parallel.num_threads is not None:
             torch.set_num_threads(config.parallel.num_threads)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(load_model(config.model, device), config)
+        return cls(load_model(config.model, device), config, device_memory(device))
 
     @property
     def attention_backend(self) -> str:
@@ -74,10 +86,33 @@ class ModelRunner:
         return measure_device(weights.device, weights.dtype, self._model.weight_element_bytes)
 
     def num_affordable_blocks(self) -> int:
-        model = self._model
-        return num_blocks_beside_draft(
-            model.layers, self._draft_model, model.kv_dtype, self._config
+        """Whole blocks of the KV pool, which is sized by what the device's memory has left.
+
+        Runs a step for it: ranks of a sharded model call this together. Raises ConfigError.
+        """
+        model, config = self._model, self._config
+        held = model.layers, self._draft_model, model.kv_dtype
+        if self._memory is None:
+            return num_blocks_beside_draft(*held, config)
+        return size_pool(
+            profile_memory(self._memory, self._run_largest_step),
+            config,
+            blocks_in=lambda sized: num_blocks_beside_draft(*held, sized),
+            bytes_of=lambda num_blocks: pool_bytes(*held, config, num_blocks),
         )
+
+    @torch.inference_mode()
+    def _run_largest_step(self) -> int:
+        """Over a cache of one block, whose bytes it returns."""
+        model = self._model
+        batch, drafts = largest_step(self._config, self._max_model_len)
+        self._cache = PagedKVCache(
+            model.layers, self._config.cache.block_size, 1, model.kv_dtype, model.device
+        )
+        self._verify(batch, drafts)
+        pages = (*self._cache.k, *self._cache.v)
+        self._cache = None
+        return sum(page.nbytes for page in pages)
 
     def allocate_cache(self, num_blocks: int) -> None:
         """Every rank gets the same count: one block table serves them all."""

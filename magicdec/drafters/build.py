@@ -58,15 +58,39 @@ def num_blocks_beside_draft(
     shape = _ring_shape(config)
     if shape is None:
         return num_affordable_blocks(layers + draft_model.layers, dtype, config.cache)
-    num_rings, pool_bytes = config.scheduler.max_num_seqs, config.cache.kv_cache_bytes
-    ring_bytes = num_rings * shape.num_slots * bytes_per_token(draft_model.layers, dtype)
-    if ring_bytes >= pool_bytes:
+    num_rings, set_bytes = config.scheduler.max_num_seqs, config.cache.pool_bytes
+    ring_bytes = _ring_bytes(draft_model, shape, dtype, num_rings)
+    if ring_bytes >= set_bytes:
         raise ConfigError(
             f"kv_cache_bytes must be above {ring_bytes}, what the draft model's windows of "
-            f"max_num_seqs {num_rings} sequences take, got {pool_bytes}"
+            f"max_num_seqs {num_rings} sequences take, got {set_bytes}"
         )
-    rest = replace(config.cache, kv_cache_bytes=pool_bytes - ring_bytes)
+    rest = replace(config.cache, kv_cache_bytes=set_bytes - ring_bytes)
     return num_affordable_blocks(layers, dtype, rest)
+
+
+def pool_bytes(
+    layers: tuple[LayerSpec, ...],
+    draft_model: DraftModel | None,
+    dtype: torch.dtype,
+    config: EngineConfig,
+    num_blocks: int,
+) -> int:
+    """What so many blocks take on this rank, with the draft model's K/V."""
+    num_tokens = num_blocks * config.cache.block_size
+    target_bytes = num_tokens * bytes_per_token(layers, dtype)
+    if draft_model is None:
+        return target_bytes
+    shape = _ring_shape(config)
+    if shape is None:
+        return target_bytes + num_tokens * bytes_per_token(draft_model.layers, dtype)
+    return target_bytes + _ring_bytes(draft_model, shape, dtype, config.scheduler.max_num_seqs)
+
+
+def _ring_bytes(
+    draft_model: DraftModel, shape: RingShape, dtype: torch.dtype, num_rings: int
+) -> int:
+    return num_rings * shape.num_slots * bytes_per_token(draft_model.layers, dtype)
 
 
 def _draft_cache(

@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass
 
-from magicdec.config import ConfigError
+from magicdec.config import MEMORY_SHARE, ConfigError
 from magicdec.roofline import Device
 
 BANDWIDTH_REACHED = 0.8  # of the data sheet, by reading weights and K/V
 ARITHMETIC_REACHED = 0.6  # of the data sheet's dense rate, by the linears
-MEMORY_USABLE = 0.9  # the rest is for activations, the runtime's context and fragments
 
 # Host and launches, replayed as graphs: 1 ms for 32 layers. An assumption.
 LAYER_SECONDS = 30e-6
@@ -122,8 +121,8 @@ def known_device(name: str, dtype: str) -> PlanDevice:
         name=sheet.name,
         bandwidth=BANDWIDTH_REACHED * sheet.bandwidth,
         arithmetic=ARITHMETIC_REACHED * flops,
-        usable_bytes=MEMORY_USABLE * sheet.memory_bytes,
+        usable_bytes=MEMORY_SHARE * sheet.memory_bytes,
         all_reduce_seconds=sheet.all_reduce_seconds,
         origin=f"{sheet.description}: {BANDWIDTH_REACHED:.0%}, {ARITHMETIC_REACHED:.0%} and "
-        f"{MEMORY_USABLE:.0%} of the data sheet",
+        f"{MEMORY_SHARE:.0%} of the data sheet",
     )

@@ -116,7 +116,7 @@ def report_memory(server: psutil.Process, config: EngineConfig) -> None:
     """PSS of every process of the application, against the KV pool it holds."""
     processes = [server, *server.children(recursive=True)]
     pss = sum(p.memory_full_info().pss for p in processes)
-    pool = config.cache.kv_cache_bytes
+    pool = config.cache.pool_bytes
     print(
         f"PSS of {len(processes)} processes: {pss / GIB:.2f} GiB, of which KV pool "
         f"{pool / GIB:.2f} GiB: {(pss - pool) / GIB:.2f} GiB for the model and the rest"

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from magicdec.cluster.preflight import preflight
-from magicdec.cluster.tensor_parallel import ShardError, parameters_on_meta, slice_bounds
+from magicdec.cluster.tensor_parallel import ShardError, slice_bounds
 from tests.cluster.rank_process import sample_ids
 from tests.cluster.shard_models import SHARDABLE
 from tests.conftest import save_model
@@ -101,12 +101,3 @@ def test_shards_that_do_not_tile_are_refused_by_name(
 ) -> None:
     with pytest.raises(ShardError, match=r"^layer\.weight: "):
         slice_bounds("layer.weight", shapes, full, 0)
-
-
-def test_meta_modules_have_real_buffers_and_leave_torch_as_it_was() -> None:
-    register = torch.nn.Module.register_parameter
-    with parameters_on_meta():
-        norm = torch.nn.BatchNorm1d(4)
-    assert norm.weight.is_meta
-    assert norm.running_var is not None and norm.running_var.tolist() == [1.0] * 4
-    assert torch.nn.Module.register_parameter is register

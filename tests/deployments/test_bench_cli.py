@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from typer.testing import CliRunner
 
 from magicdec.config import (
+    CPU_KV_CACHE_BYTES,
     AdaptiveConfig,
     CacheConfig,
     ConfigError,
@@ -21,7 +23,7 @@ from magicdec.config import (
     ModelConfig,
     SpeculativeConfig,
 )
-from magicdec.deployments.bench_inputs import BenchRequest, check_pool
+from magicdec.deployments.bench_inputs import BenchRequest, check_pool, pool_tokens
 from magicdec.deployments.bench_points import BenchReport, MeasuredPoint
 from magicdec.deployments.bench_table import draft_text, print_report, report_document
 from magicdec.deployments.cli import app
@@ -208,6 +210,22 @@ def test_mistakes_are_one_line(arguments: list[str], more: list[str], message: s
     check_one_line(
         [*arguments, "--rounds", "2:4", "--context", "48", "--batch", "1", *more], message
     )
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_a_pool_that_a_gpu_will_size_is_not_known_beforehand(
+    has_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    token_bytes = MODEL.geometry.kv_bytes_per_token
+
+    def held(cache: CacheConfig) -> int | None:
+        return pool_tokens(EngineConfig(ModelConfig(""), cache), MODEL)
+
+    cpu_tokens = CPU_KV_CACHE_BYTES // (64 * token_bytes) * 64
+    assert held(CacheConfig()) == (None if has_gpu else cpu_tokens)
+    assert held(CacheConfig(kv_cache_bytes=1 << 30)) == (1 << 30) // (64 * token_bytes) * 64
+    assert held(CacheConfig(num_blocks=5)) == 320
 
 
 @given(st.integers(1, 40), st.integers(1, 400), st.integers(1, 200))

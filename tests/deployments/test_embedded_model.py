@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from magicdec.checkpoint import load_module
 from magicdec.deployments import embedded_model
 from magicdec.deployments.embedded_model import (
     EMBEDDED_MODEL_NAME,
@@ -15,6 +16,7 @@ from magicdec.deployments.embedded_model import (
     list_models,
     resolve_model,
 )
+from tests.loaded_models import assert_as_transformers_loads_it
 
 IM_END = 2
 ROUND_TRIPS = [
@@ -58,6 +60,12 @@ def test_a_question_is_answered(folder: str) -> None:
     answer = output[prompt["input_ids"].shape[1] :]
     assert tokenizer.decode(answer, skip_special_tokens=True) == "The capital of Italy is Rome."
     assert answer[-1].item() == IM_END
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_it_is_read_as_transformers_loads_it(folder: str, dtype: torch.dtype) -> None:
+    module = load_module(Path(folder), dtype, torch.device("cpu"))
+    assert_as_transformers_loads_it(module, Path(folder), dtype)
 
 
 def test_configuration_is_the_published_one(folder: str) -> None:

@@ -166,6 +166,11 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
     assert settings.engine_config().cache.kv_cache_bytes == 1 << 29
 
 
+def test_an_empty_pool_is_left_to_the_ranks() -> None:
+    cache = parse_settings({"cache": {"memory_share": 0.7}}).engine_config().cache
+    assert (cache.kv_cache_bytes, cache.num_blocks, cache.memory_share) == (None, None, 0.7)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -210,6 +215,8 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
         ({"model": {"dtype": "int4"}}, "got 'int4'"),
         ({"model": "llama"}, "model: "),
         ({"cache": {"kv_cache_gib": 0}}, "cache.kv_cache_gib: Input should be greater than 0"),
+        ({"cache": {"memory_share": 0}}, "cache.memory_share: Input should be greater than 0"),
+        ({"cache": {"memory_share": 1.5}}, "memory_share: Input should be less than or equal to 1"),
     ],
 )
 def test_wrong_values_are_named(values: dict[str, Any], message: str) -> None:

@@ -29,7 +29,11 @@ _MODELS = st.sampled_from(
     ]
 )
 _SETTINGS = _optional(
-    cache=_optional(kv_cache_gib=st.floats(0.5, 64), block_size=st.sampled_from([16, 64, 256])),
+    cache=_optional(
+        kv_cache_gib=st.none() | st.floats(0.5, 64),
+        memory_share=st.floats(0.5, 1),
+        block_size=st.sampled_from([16, 64, 256]),
+    ),
     scheduler=_optional(max_num_seqs=st.integers(1, 64), max_batch_tokens=st.integers(256, 8192)),
     speculation=st.sampled_from(
         [
