@@ -3,20 +3,23 @@
 DeepSpeed splits every `nn.Linear` of a decoder layer by its name and leaves the rest whole, without
 a word about what that means for the model. Here the same split is worked out with DeepSpeed's own
 functions (`AutoTP.tp_parser`, `get_shard_size_list`), and a model whose forward it would break is
-refused with the module, the reason and what would fit.
+refused with the module, the reason and what would fit. The head is split by vocabulary, not by it.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from magicdec.attention import UnsupportedModel
+from magicdec.cluster.vocabulary_head import find_head
+from magicdec.vocabulary import even_bounds
 
 FUSED_QKV_NAMES = ("qkv_proj", "query_key_value", "c_attn", "W_pack", "Wqkv", "qkv", "in_proj_qkv")
-GRAIN = 64  # DeepSpeed's tp_grain_size: MLP and lm_head are cut in multiples of it
+GRAIN = 64  # DeepSpeed's tp_grain_size: an MLP is cut in multiples of it
 
 Shape = tuple[int, ...]
 
@@ -133,7 +136,7 @@ def _head_dim(attention: nn.Module) -> int:
 def _predict_shapes(
     module: nn.Module, config: PreTrainedConfig, num_ranks: int
 ) -> dict[str, tuple[Shape, ...]]:
-    """Every parameter's shape on every rank, by the rules of AutoTP._replace."""
+    """Every parameter's shape on every rank, by the rules of AutoTP._replace and of SplitHead."""
     shapes = {n: (tuple(p.shape),) * num_ranks for n, p in _named_parameters(module)}
     row_parallel, split_classes = _parse_with_autotp(module)
     for layer_name, layer in module.named_modules():
@@ -144,14 +147,24 @@ def _predict_shapes(
                     short = f"{parent.rpartition('.')[2]}.{leaf}"
                     row = short in row_parallel or "down_proj" in short
                     _split(shapes, f"{layer_name}.{name}", child, short, row, config)
-    head = getattr(module, "lm_head", None)
-    if isinstance(head, nn.Linear):
-        _split(shapes, "lm_head", head, "lm_head", True, config)
+    _split_head(shapes, module, num_ranks)
     return shapes
 
 
+def _split_head(shapes: dict[str, tuple[Shape, ...]], module: nn.Module, num_ranks: int) -> None:
+    name, head = find_head(module)
+    try:
+        bounds = even_bounds(head.out_features, num_ranks)
+    except ValueError as error:
+        raise UnshardableModel(name, str(error)) from error
+    shares = [stop - start for start, stop in pairwise(bounds)]
+    shapes[f"{name}.weight"] = tuple((share, head.in_features) for share in shares)
+    if head.bias is not None:
+        shapes[f"{name}.bias"] = tuple((share,) for share in shares)
+
+
 def _named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return module.named_parameters(remove_duplicate=False)  # a tied head is untied by the split
+    return module.named_parameters(remove_duplicate=False)  # a tied head has a name of its own
 
 
 def _parse_with_autotp(module: nn.Module) -> tuple[set[str], set[type[nn.Module]]]:

@@ -82,7 +82,8 @@ class ShardWorker:
         join_process_group(rendezvous)
         dtype = self._config.model.dtype
         device = torch.device("cuda" if rendezvous.use_gpu else "cpu")
-        model = describe_model(load_shard(folder, compute_dtype(dtype, device)), dtype)
+        module, vocabulary = load_shard(folder, compute_dtype(dtype, device))
+        model = describe_model(module, dtype, vocabulary)
         self._runner = ModelRunner(model, self._config, device_memory(device))
         return ShardFacts(
             self._runner.num_affordable_blocks(),

@@ -1,6 +1,7 @@
 """One rank's shard of a model: join the ranks, split with DeepSpeed AutoTP, read only the shard.
 
     meta model (shapes only) -> init_inference -> local shapes -> this rank's slices of the files
+      its head (shapes only) -------> this rank's rows -----^
 
 DeepSpeed's own checkpoint loader is not used: it knows norms by a list of class names and leaves
 those it does not know (Gemma's) unset. Here the ranks tell one another their local shapes, which
@@ -23,6 +24,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from magicdec.checkpoint import Bounds, Checkpoint, Shape, parameters_on_meta
 from magicdec.cluster.placement import Rendezvous
+from magicdec.cluster.vocabulary_head import SplitHead
+from magicdec.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +56,9 @@ def join_process_group(
     )
 
 
-def load_shard(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """This rank's share of the model in `folder`, on the rank's device, in evaluation mode.
+def load_shard(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Vocabulary]:
+    """This rank's share of the model in `folder`, on the rank's device, in evaluation mode; and
+    which part of the vocabulary its logits are of.
 
     Every rank calls it together, after join_process_group. Reads this rank's slices only where the
     safetensors files hold the module's parameters by name and nothing else; otherwise (experts
@@ -67,27 +71,29 @@ def load_shard(folder: Path, dtype: torch.dtype) -> nn.Module:
     checkpoint = Checkpoint.index(folder, meta_module)
     reason = checkpoint.why_not_by_name
     if reason is None:
-        module = _shard(meta_module, dtype)
+        module, vocabulary = _shard(meta_module, dtype)
         reason = _why_not_contiguous(module)
         if reason is None:
             _read_slices(module, checkpoint)
-            return module.eval()
+            return module.eval(), vocabulary
     logger.warning("rank loads the whole model before splitting it: %s", reason)
     return _load_whole(folder, dtype)
 
 
-def _load_whole(folder: Path, dtype: torch.dtype) -> nn.Module:
+def _load_whole(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Vocabulary]:
     module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    return _shard(module, dtype).eval()
+    sharded, vocabulary = _shard(module, dtype)
+    return sharded.eval(), vocabulary
 
 
-def _shard(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """AutoTP in place. Buffers keep their values and dtype.
+def _shard(module: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, Vocabulary]:
+    """AutoTP in place, but for the head. Buffers keep their values and dtype.
 
     DeepSpeed would cast them to the model's dtype (rotary frequencies in bf16 lose positions
     beyond a few hundred) and leave a meta model's unset.
     """
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    head = SplitHead.detach(module, dist.get_world_size(), dist.get_rank())
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its policy on every rank
         sharded: nn.Module = deepspeed.init_inference(
             module,
@@ -99,7 +105,8 @@ def _shard(module: nn.Module, dtype: torch.dtype) -> nn.Module:
         owner_name, _, leaf = name.rpartition(".")
         owner = sharded.get_submodule(owner_name)
         owner._buffers[leaf] = buffer.to(next(sharded.parameters()).device)
-    return sharded
+    head.attach(sharded)
+    return sharded, head.vocabulary
 
 
 def _why_not_contiguous(module: nn.Module) -> str | None:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from magicdec.kernels import gumbel
-from magicdec.kernels.gumbel import Draw
+from magicdec.kernels.gumbel import Draw, Winners
 
 _POINTER = ctypes.c_void_p
 
@@ -16,8 +16,8 @@ class ChoiceCall(ctypes.Structure):
     """As in calls.h."""
 
     _fields_ = (
-        *((name, _POINTER) for name in ("scores", "keys", "chosen")),
-        *((name, ctypes.c_int64) for name in ("num_rows", "num_entries")),
+        *((name, _POINTER) for name in ("scores", "keys", "values", "entries")),
+        *((name, ctypes.c_int64) for name in ("num_rows", "num_entries", "first_entry")),
         ("num_threads", ctypes.c_int32),
     )
 
@@ -28,26 +28,29 @@ class CpuGumbelArgmax:
     def __init__(self, library: ctypes.CDLL) -> None:
         self._function = library.gumbel_argmax
 
-    def __call__(self, scores: torch.Tensor, draws: Sequence[Draw | None]) -> list[int]:
+    def __call__(
+        self, scores: torch.Tensor, draws: Sequence[Draw | None], first_entry: int = 0
+    ) -> Winners:
         """See gumbel.gumbel_argmax."""
-        is_known = scores.dtype is torch.float32 and scores.device.type == "cpu"
-        if not is_known or len(draws) != len(scores):
-            return gumbel.gumbel_argmax(scores, draws)
+        if scores.dtype is not torch.float32 or scores.device.type != "cpu":
+            return gumbel.gumbel_argmax(scores, draws, first_entry)
+        gumbel.check_draws(scores, draws, first_entry)
         scores = scores.contiguous()
         keys = np.array(
             [(0,) * 5 if d is None else (d.seed, d.position, d.role, d.step, 1) for d in draws],
             dtype=np.uint64,
         )
-        chosen = np.empty(len(draws), dtype=np.int64)
+        values = torch.empty(len(draws), dtype=torch.float64)
+        entries = torch.empty(len(draws), dtype=torch.int64)
         call = ChoiceCall(
             scores=scores.data_ptr(),
             keys=keys.ctypes.data,
-            chosen=chosen.ctypes.data,
+            values=values.data_ptr(),
+            entries=entries.data_ptr(),
             num_rows=len(draws),
             num_entries=scores.shape[1],
+            first_entry=first_entry,
             num_threads=torch.get_num_threads(),
         )
         self._function(ctypes.byref(call))
-        if (chosen < 0).any():
-            raise ValueError(gumbel.unordered(int(np.argmin(chosen))))
-        return chosen.tolist()
+        return Winners(values, entries)

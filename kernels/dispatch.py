@@ -1,7 +1,6 @@
 """Which kernels run: decided once by a capability probe, and said in the log."""
 
 import logging
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -17,7 +16,7 @@ from magicdec.kernels.cpu_attention_mass import CpuAttentionMass
 from magicdec.kernels.cpu_elementwise import CpuElementwise
 from magicdec.kernels.cpu_gumbel import CpuGumbelArgmax
 from magicdec.kernels.cpu_largest import CpuLargest
-from magicdec.kernels.gumbel import Draw, gumbel_argmax
+from magicdec.kernels.gumbel import GumbelArgmax, gumbel_argmax
 from magicdec.kernels.paged_layout import DeviceLayout, PagedLayout
 from magicdec.kernels.selection import LargestIndices
 from magicdec.kernels.sparse_attention import CopiedView, MakeDeviceView, MakeView
@@ -139,9 +138,7 @@ def select_backend(
     return REFERENCE
 
 
-def select_gumbel_argmax(
-    device: torch.device,
-) -> Callable[[torch.Tensor, Sequence[Draw | None]], list[int]]:
+def select_gumbel_argmax(device: torch.device) -> GumbelArgmax:
     """Which code chooses tokens; the choice is the same by either."""
     if _has_triton(device):
         from magicdec.kernels import triton_gumbel

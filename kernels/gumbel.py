@@ -8,11 +8,13 @@ nothing of each other at one position, which is what roles are for.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+ENTRIES_PER_BLOCK = 8  # of one Philox counter; a part of the vocabulary begins with a block
 
 # Noise lies in [-3.2, 22.9]: an entry further than that spread below the top cannot win.
 _NOISE_SPREAD = 26.2
@@ -40,12 +42,45 @@ class Draw:
     role: Role = Role.SHARED
     step: int = 0
 
-    def words(self, num_words: int) -> NDArray[np.uint32]:
-        return random_words(self.seed, self.position, num_words, self.role, self.step)
+    def words(self, num_words: int, first_entry: int = 0) -> NDArray[np.uint32]:
+        return random_words(self.seed, self.position, num_words, self.role, self.step, first_entry)
+
+
+@dataclass(frozen=True, slots=True)
+class Winners:
+    """Of each row the greatest score plus noise, and the first entry that has it."""
+
+    values: torch.Tensor  # fp64 [num_rows]; NaN: the row holds one; -inf: it has nothing above that
+    entries: torch.Tensor  # int64 [num_rows], of the whole vocabulary; for other values any number
+
+    def chosen(self) -> torch.Tensor:
+        """The entries, int64 [num_rows]; -1 for a row from which nothing can be chosen."""
+        return torch.where(self.values > float("-inf"), self.entries, -1)
+
+    def token_ids(self) -> list[int]:
+        """Raises ValueError for a row that holds a NaN, or nothing above -inf."""
+        chosen: list[int] = self.chosen().tolist()
+        if -1 in chosen:
+            row = chosen.index(-1)
+            raise ValueError(f"row {row} of the scores holds a NaN, or nothing above -inf")
+        return chosen
+
+
+class GumbelArgmax(Protocol):
+    """gumbel_argmax, by whichever code."""
+
+    def __call__(
+        self, scores: torch.Tensor, draws: Sequence[Draw | None], first_entry: int = 0
+    ) -> Winners: ...
 
 
 def random_words(
-    seed: int, position: int, num_words: int, role: int = Role.SHARED, step: int = 0
+    seed: int,
+    position: int,
+    num_words: int,
+    role: int = Role.SHARED,
+    step: int = 0,
+    first_entry: int = 0,  # a multiple of ENTRIES_PER_BLOCK
 ) -> NDArray[np.uint32]:
     """Philox4x64-10 with key (seed, 0) and counter (block, position, role, step), blocks from 1.
 
@@ -54,7 +89,7 @@ def random_words(
     # NumPy increments the counter before its first block.
     stream = np.random.Philox(
         key=np.array([seed, 0], dtype=np.uint64),
-        counter=np.array([0, position, role, step], dtype=np.uint64),
+        counter=np.array([first_entry // ENTRIES_PER_BLOCK, position, role, step], dtype=np.uint64),
     )
     words = stream.random_raw((num_words + 1) // 2).astype("<u8", copy=False)
     return words.view("<u4")[:num_words]
@@ -75,30 +110,42 @@ def perturbed_argmax(scores: NDArray[np.floating[Any]], draw: Draw) -> int:
 
     Raises ValueError for scores that hold a NaN.
     """
+    return _perturbed_best(scores, draw, 0)[1]
+
+
+def _perturbed_best(
+    scores: NDArray[np.floating[Any]], draw: Draw, first_entry: int
+) -> tuple[float, int]:
+    """The greatest score plus noise, and its place among these scores."""
     candidates = np.flatnonzero(scores >= scores.max() - _NOISE_SPREAD)
-    words = draw.words(len(scores))[candidates]
+    words = draw.words(len(scores), first_entry)[candidates]
     perturbed = scores[candidates].astype(np.float64) + gumbel_noise(words)
-    return int(candidates[np.argmax(perturbed)])
+    best = int(np.argmax(perturbed))
+    return float(perturbed[best]), int(candidates[best])
 
 
-def unordered(row: int) -> str:
-    """What is said of a row from which nothing can be chosen."""
-    return f"row {row} of the scores holds a NaN, or nothing above -inf"
+def check_draws(scores: torch.Tensor, draws: Sequence[Draw | None], first_entry: int) -> None:
+    """Raises ValueError unless there is a draw a row and the scores begin with a block of noise."""
+    if len(draws) != len(scores):
+        raise ValueError(f"draws must be one a row ({len(scores)}), got {len(draws)}")
+    if first_entry % ENTRIES_PER_BLOCK != 0:
+        raise ValueError(
+            f"first_entry must be a multiple of {ENTRIES_PER_BLOCK}, got {first_entry}"
+        )
 
 
 def gumbel_argmax(
     scores: torch.Tensor,  # [num_rows, num_entries], any float dtype
     draws: Sequence[Draw | None],  # a row; None: its largest score, the first of equals
-) -> list[int]:
-    """One entry a row. Raises ValueError for a row that holds a NaN, or nothing above -inf."""
-    if len(draws) != len(scores):
-        raise ValueError(f"draws must be one a row ({len(scores)}), got {len(draws)}")
-    tops, entries = scores.max(dim=-1) if len(draws) > 0 else (scores[:, 0], scores[:, 0])
-    orders_nothing = tops.isnan() | (tops == float("-inf"))
-    if orders_nothing.any():
-        raise ValueError(unordered(int(orders_nothing.int().argmax())))
-    chosen: list[int] = entries.tolist()
+    first_entry: int = 0,  # of the vocabulary, where the scores are of a part of it
+) -> Winners:
+    """One entry a row. Raises ValueError for what check_draws refuses."""
+    check_draws(scores, draws, first_entry)
+    tops, places = scores.max(dim=-1)
+    values, entries = tops.double(), places + first_entry
     for i, draw in enumerate(draws):
-        if draw is not None:
-            chosen[i] = perturbed_argmax(scores[i].float().cpu().numpy(), draw)
-    return chosen
+        if draw is not None and values[i] > float("-inf"):
+            row = scores[i].float().cpu().numpy()
+            values[i], place = _perturbed_best(row, draw, first_entry)
+            entries[i] = place + first_entry
+    return Winners(values, entries)

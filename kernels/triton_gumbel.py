@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 
 from magicdec.kernels import gumbel
-from magicdec.kernels.gumbel import Draw
+from magicdec.kernels.gumbel import ENTRIES_PER_BLOCK, Draw, Winners
 
-_WORDS = tl.constexpr(8)  # of 32 bits in a block of Philox
+_WORDS = tl.constexpr(ENTRIES_PER_BLOCK)  # of 32 bits
 _NONE = tl.constexpr(2**31 - 1)  # an entry that every other one goes before
 _BLOCKS = 128  # of Philox a program
 
@@ -56,10 +56,11 @@ def _better(best, entry, other, other_entry):
 def _choose(
     scores,
     keys,  # int64 [num_rows, 5]: seed, position, role, step, whether there is a draw
-    best_values,  # fp64 [num_rows, tiles]
-    best_entries,  # int32 [num_rows, tiles]; -1: a NaN is among them
+    best_values,  # fp64 [num_rows, tiles]; NaN: one is among them
+    best_entries,  # int32 [num_rows, tiles], of the whole vocabulary
     row_stride,
     num_entries,
+    first_block,  # of Philox, for the first of these scores
     BLOCKS: tl.constexpr,
 ):
     tile = tl.program_id(0)
@@ -71,9 +72,8 @@ def _choose(
     is_drawn = tl.load(keys + row * 5 + 4) != 0
     blocks = tile * BLOCKS + tl.arange(0, BLOCKS)
     zeros = tl.zeros([BLOCKS], tl.uint64)
-    words = philox(
-        blocks.to(tl.uint64) + 1, zeros + position, zeros + role, zeros + step, zeros + seed
-    )
+    counters = (first_block + blocks).to(tl.uint64) + 1
+    words = philox(counters, zeros + position, zeros + role, zeros + step, zeros + seed)
     best = tl.full([BLOCKS], float("-inf"), tl.float64)
     entry = tl.full([BLOCKS], _NONE, tl.int32)
     unordered = tl.zeros([BLOCKS], tl.int32)
@@ -84,30 +84,35 @@ def _choose(
         score = tl.load(place, entries < num_entries, other=float("-inf")).to(tl.float64)
         unordered |= (score != score).to(tl.int32)
         value = tl.where(is_drawn, score + _noise(word), score)
-        best, entry = _better(best, entry, value, tl.where(value > float("-inf"), entries, _NONE))
+        known = first_block * _WORDS + entries
+        best, entry = _better(best, entry, value, tl.where(value > float("-inf"), known, _NONE))
     best, entry = tl.reduce((best, entry), 0, _better)
-    entry = tl.where(tl.max(unordered, 0) > 0, -1, entry)
+    best = tl.where(tl.max(unordered, 0) > 0, float("nan"), best)
     index = row * tl.num_programs(0) + tile
     tl.store(best_values + index, best)
     tl.store(best_entries + index, entry)
 
 
-def choose_on_device(scores: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """gumbel.gumbel_argmax without a word to the host: `keys` as in draw_keys, on the device.
-
-    Returns int64 [num_rows]; -1 for a row that holds a NaN, or nothing above -inf.
-    """
+def choose_on_device(scores: torch.Tensor, keys: torch.Tensor, first_entry: int = 0) -> Winners:
+    """gumbel.gumbel_argmax without a word to the host: `keys` as in draw_keys, on the device."""
     num_rows, num_entries = scores.shape
-    tiles = triton.cdiv(num_entries, _BLOCKS * 8)
+    tiles = triton.cdiv(num_entries, _BLOCKS * ENTRIES_PER_BLOCK)
     values = scores.new_empty(num_rows, tiles, dtype=torch.float64)
     entries = scores.new_empty(num_rows, tiles, dtype=torch.int32)
     _choose[(tiles, num_rows)](
-        scores, keys, values, entries, scores.stride(0), num_entries, BLOCKS=_BLOCKS, num_warps=4
+        scores,
+        keys,
+        values,
+        entries,
+        scores.stride(0),
+        num_entries,
+        first_entry // ENTRIES_PER_BLOCK,
+        BLOCKS=_BLOCKS,
+        num_warps=4,
     )
-    lowest = values.max(dim=1, keepdim=True).values
-    first = entries.masked_fill(values < lowest, 2**31 - 1).amin(dim=1).long()
-    bad = (entries < 0).any(dim=1) | (first == 2**31 - 1)
-    return first.masked_fill(bad, -1)
+    best = values.amax(dim=1)
+    first = entries.masked_fill(values < best[:, None], 2**31 - 1).amin(dim=1)
+    return Winners(best, first.long())
 
 
 def draw_keys(draws: Sequence[Draw | None]) -> torch.Tensor:
@@ -116,14 +121,12 @@ def draw_keys(draws: Sequence[Draw | None]) -> torch.Tensor:
     return torch.from_numpy(np.array(keys, dtype=np.uint64).reshape(-1, 5).view(np.int64))
 
 
-def gumbel_argmax(scores: torch.Tensor, draws: Sequence[Draw | None]) -> list[int]:
+def gumbel_argmax(
+    scores: torch.Tensor, draws: Sequence[Draw | None], first_entry: int = 0
+) -> Winners:
     """See gumbel.gumbel_argmax."""
-    if len(draws) != len(scores):
-        raise ValueError(f"draws must be one a row ({len(scores)}), got {len(draws)}")
+    gumbel.check_draws(scores, draws, first_entry)
     if len(draws) == 0:
-        return []
+        return gumbel.gumbel_argmax(scores, draws, first_entry)
     scores = scores if scores.stride(1) == 1 else scores.contiguous()
-    chosen: list[int] = choose_on_device(scores, draw_keys(draws).to(scores.device)).tolist()
-    if min(chosen) < 0:
-        raise ValueError(gumbel.unordered(chosen.index(-1)))
-    return chosen
+    return choose_on_device(scores, draw_keys(draws).to(scores.device), first_entry)

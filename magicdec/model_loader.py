@@ -31,6 +31,7 @@ from magicdec.fused_modules import fuse_modules
 from magicdec.kernels.cpu_linear import PackedLinear, pack_linears
 from magicdec.kernels.dispatch import select_elementwise
 from magicdec.kv_cache import LayerSpec
+from magicdec.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +49,14 @@ class LoadedModel:
 
     module: nn.Module
     layers: tuple[LayerSpec, ...]
-    vocab_size: int
+    vocabulary: Vocabulary  # of which its logits are this rank's share
     kv_dtype: torch.dtype
     device: torch.device
+
+    @property
+    def vocab_size(self) -> int:
+        """Of the whole vocabulary."""
+        return self.vocabulary.size
 
     @property
     def weight_element_bytes(self) -> int:
@@ -66,7 +72,7 @@ class LoadedModel:
         attention: AttentionContext,
         keep: torch.Tensor | None = None,  # [num_kept] rows whose logits are wanted; None: all
     ) -> torch.Tensor:
-        """Logits [num_kept, vocab_size] of one packed forward."""
+        """Logits [num_kept, this rank's share of the vocabulary] of one packed forward."""
         output = self.module(
             input_ids=token_ids[None].to(self.device),
             position_ids=positions[None].to(self.device),
@@ -190,7 +196,11 @@ def _refuse_another_vocabulary(target: str, draft: str) -> None:
 
 
 @torch.inference_mode()
-def describe_model(module: Any, kv_dtype: str) -> LoadedModel:
+def describe_model(
+    module: Any,
+    kv_dtype: str,
+    vocabulary: Vocabulary | None = None,  # that the module's head is a share of; None: whole
+) -> LoadedModel:
     """Routes the module's attention to our pages and reads its geometry from a one-token forward.
 
     Every rank of a sharded module must call this together: the forward all-reduces. Raises
@@ -213,7 +223,8 @@ def describe_model(module: Any, kv_dtype: str) -> LoadedModel:
             "AttentionInterface"
         )
     dtype = cast(torch.dtype, getattr(torch, kv_dtype))
-    return LoadedModel(module, tuple(probe.layers), logits.shape[-1], dtype, device)
+    vocabulary = vocabulary or Vocabulary.whole(logits.shape[-1])
+    return LoadedModel(module, tuple(probe.layers), vocabulary, dtype, device)
 
 
 def _refuse_unless_local(config: Any) -> None:

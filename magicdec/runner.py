@@ -33,8 +33,8 @@ from magicdec.verification import VerificationRule, verification_rule
 class ModelRunner:
     """Draft, verify, accept: a rank's whole share of a step.
 
-    Logits are bit-identical on every rank of a sharded model, so each rank samples for itself and
-    a step needs no exchange beyond the model's own all-reduces.
+    Each rank of a sharded model has the logits of its share of the vocabulary. All choose together
+    and know what was chosen, so they go on alike without a word from the engine.
     """
 
     def __init__(
@@ -48,7 +48,9 @@ class ModelRunner:
         limit = facts.max_position_embeddings
         self._max_model_len = min(config.model.max_model_len or limit, limit)
         sampler = Sampler(facts.eos_token_ids, select_gumbel_argmax(model.device))
-        self._rule: VerificationRule = verification_rule(config.speculation.verification, sampler)
+        rule = config.speculation.verification
+        self._rule: VerificationRule = verification_rule(rule, sampler, model.vocabulary)
+        self._draft_rule = verification_rule(rule, sampler)  # a draft model is whole on every rank
         block_size = config.cache.block_size
         self._backend = select_backend(model.device, model.kv_dtype, block_size)
         draft = load_draft_model(config, model.device)
@@ -135,6 +137,7 @@ class ModelRunner:
             self._config,
             model.vocab_size,
             self._draft_model,
+            self._draft_rule.propose,
             draft_graphs,
         )
 
@@ -206,7 +209,7 @@ class ModelRunner:
         attention: AttentionContext,
         keep: torch.Tensor | None = None,  # [num_kept] rows whose logits are wanted; None: all
     ) -> torch.Tensor:
-        """Logits [num_kept, vocab_size] of one packed forward."""
+        """Logits [num_kept, this rank's share of the vocabulary] of one packed forward."""
         return self._model.forward(token_ids, positions, attention, keep)
 
 

@@ -4,7 +4,8 @@ One path for greedy and sampled rows, and for draft and target: the choice at an
 depends on the logits, the request's parameters and its seed, and on nothing of the batch.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +14,17 @@ import torch
 from numpy.typing import NDArray
 
 from magicdec.batch import ScheduledSequence
-from magicdec.kernels.gumbel import Draw, Role, gumbel_argmax, perturbed_argmax, uniforms
+from magicdec.kernels.gumbel import (
+    Draw,
+    GumbelArgmax,
+    Role,
+    gumbel_argmax,
+    perturbed_argmax,
+    uniforms,
+)
+from magicdec.truncation import removes, truncate
 from magicdec.types import SamplingParams
-
-GumbelArgmax = Callable[[torch.Tensor, Sequence[Draw | None]], list[int]]
-
-_NUCLEUS_CANDIDATES = 1024  # a nucleus is looked for among these before the whole vocabulary
+from magicdec.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,40 +74,63 @@ class Sampler:
         self._eos_token_ids = tuple(sorted(eos_token_ids))
         self._gumbel_argmax = gumbel_argmax
 
-    def sample(self, logits: torch.Tensor, rows: list[SamplerRow]) -> list[int]:
-        """logits: [num_rows, vocab_size], any float dtype. Returns one token id a row.
+    def sample(
+        self, logits: torch.Tensor, rows: list[SamplerRow], vocabulary: Vocabulary | None = None
+    ) -> list[int]:
+        """logits: [num_rows, this rank's share], any float dtype; None: the whole vocabulary.
 
-        Raises ValueError for a row that holds a NaN.
+        Returns one token id a row, the same on every rank and however the vocabulary is shared.
+        Raises ValueError for a row that holds a NaN, on every rank.
         """
+        vocabulary = vocabulary or Vocabulary.whole(logits.shape[1])
         draws = [
             None if row.sampling.temperature == 0.0 else _draw(row, Role.SHARED) for row in rows
         ]
         if not all(self._is_plain_argmax(row) for row in rows):
-            logits = self._process_all(logits.float(), rows)
-        return self._gumbel_argmax(logits, draws)
+            logits = self._process(logits.float(), rows, vocabulary)
+        winners = self._gumbel_argmax(logits, draws, vocabulary.start)
+        return vocabulary.best(winners).token_ids()
 
-    def _process_all(self, scores: torch.Tensor, rows: list[SamplerRow]) -> torch.Tensor:
-        """process() of every row: at once for those that it would only divide by temperature."""
-        is_scaled = [self._is_scaled_alone(row) for row in rows]
-        scales = [
-            row.sampling.temperature if scaled else 1.0
-            for row, scaled in zip(rows, is_scaled, strict=True)
-        ]
-        scale = torch.tensor([scales, is_scaled], dtype=scores.dtype).to(scores.device)
-        shift = torch.where(scale[1] > 0, scores.amax(dim=1), 0.0)
-        processed = (scores - shift[:, None]).div_(scale[0, :, None])
-        for i, row in enumerate(rows):
-            if not (is_scaled[i] or self._is_plain_argmax(row)):
-                processed[i] = self.process(scores[i], row)
-        return processed
+    def process(self, scores: torch.Tensor, row: SamplerRow) -> torch.Tensor:
+        """Penalties, bias, min_tokens, temperature, top-k, top-p, min-p; removed entries are -inf.
+
+        scores: fp32 [vocab_size], not changed. Returns fp32 log-probabilities up to a constant.
+        """
+        return self._process(scores[None], [row], Vocabulary.whole(len(scores)))[0]
+
+    def _process(
+        self, scores: torch.Tensor, rows: list[SamplerRow], vocabulary: Vocabulary
+    ) -> torch.Tensor:
+        scores = _scaled(self._adjusted(scores, rows, vocabulary), rows, vocabulary)
+        cut = [i for i, row in enumerate(rows) if removes(row.sampling, vocabulary.size)]
+        if cut:
+            index = torch.tensor(cut, device=scores.device)
+            samplings = [rows[i].sampling for i in cut]
+            scores[index] = truncate(scores[index], samplings, vocabulary)
+        return scores
+
+    def _adjusted(
+        self, scores: torch.Tensor, rows: list[SamplerRow], vocabulary: Vocabulary
+    ) -> torch.Tensor:
+        """With penalties, biases and bans, in a copy where there are any."""
+        if all(self._keeps_logits(row) for row in rows):
+            return scores
+        scores = scores.clone()
+        for own, row in zip(scores, rows, strict=True):
+            sampling = row.sampling
+            if sampling.has_penalties:
+                _penalize(own, row, vocabulary)
+            if sampling.logit_bias:
+                _bias(own, sampling, vocabulary)
+            if row.num_output_tokens < sampling.min_tokens:
+                banned = sampling.stop_token_ids
+                if not sampling.ignore_eos:
+                    banned += self._eos_token_ids
+                own[[i - vocabulary.start for i in banned if i in vocabulary]] = -math.inf
+        return scores
 
     def _is_plain_argmax(self, row: SamplerRow) -> bool:
         return row.sampling.temperature == 0.0 and self._keeps_logits(row)
-
-    def _is_scaled_alone(self, row: SamplerRow) -> bool:
-        sampling = row.sampling
-        keeps_all = sampling.top_k <= 0 and sampling.top_p >= 1.0 and sampling.min_p <= 0.0
-        return sampling.temperature > 0.0 and keeps_all and self._keeps_logits(row)
 
     def _keeps_logits(self, row: SamplerRow) -> bool:
         sampling = row.sampling
@@ -120,37 +149,6 @@ class Sampler:
         """The row's number in (0, 1) of a role that asks for one."""
         return float(uniforms(_draw(row, role).words(1))[0])
 
-    def process(self, scores: torch.Tensor, row: SamplerRow) -> torch.Tensor:
-        """Penalties, bias, min_tokens, temperature, top-k, top-p, min-p; removed entries are -inf.
-
-        scores: fp32 [vocab_size], not changed. Returns fp32 log-probabilities up to a constant.
-        """
-        sampling = row.sampling
-        scores = scores.clone()
-        if sampling.has_penalties:
-            _penalize(scores, row)
-        if sampling.logit_bias:
-            ids, biases = zip(*sampling.logit_bias, strict=True)
-            added = torch.tensor(biases, dtype=scores.dtype, device=scores.device)
-            scores.index_add_(0, torch.tensor(ids, device=scores.device), added)
-        if row.num_output_tokens < sampling.min_tokens:
-            banned = sampling.stop_token_ids
-            if not sampling.ignore_eos:
-                banned += self._eos_token_ids
-            scores[list(banned)] = float("-inf")
-        if sampling.temperature == 0.0:
-            return scores
-        scores -= scores.max()  # dividing large scores would round their differences away
-        scores /= sampling.temperature
-        if 0 < sampling.top_k < len(scores):
-            threshold = torch.topk(scores, sampling.top_k).values[-1]
-            scores[scores < threshold] = float("-inf")
-        if sampling.top_p < 1.0:
-            scores[scores < _nucleus_threshold(scores, sampling.top_p)] = float("-inf")
-        if sampling.min_p > 0.0:
-            scores[scores < scores.max() + float(np.log(sampling.min_p))] = float("-inf")
-        return scores
-
 
 def _draw(row: SamplerRow, role: Role) -> Draw:
     """Proposals alone come from a new stream each round: a position may be drafted again after a
@@ -160,30 +158,39 @@ def _draw(row: SamplerRow, role: Role) -> Draw:
     return Draw(row.sampling.seed, row.position, role, step)
 
 
-def _penalize(scores: torch.Tensor, row: SamplerRow) -> None:
+def _scaled(scores: torch.Tensor, rows: list[SamplerRow], vocabulary: Vocabulary) -> torch.Tensor:
+    """Divided by the rows' temperatures, where they have one."""
+    temperatures = [row.sampling.temperature for row in rows]
+    if not any(temperatures):
+        return scores
+    scale = torch.tensor(temperatures, dtype=scores.dtype).to(scores.device)
+    is_random = scale > 0.0
+    # Dividing large scores would round their differences away.
+    shift = torch.where(is_random, vocabulary.greatest(scores.amax(dim=1)), 0.0)
+    return (scores - shift[:, None]).div_(torch.where(is_random, scale, 1.0)[:, None])
+
+
+def _penalize(scores: torch.Tensor, row: SamplerRow, vocabulary: Vocabulary) -> None:
     """The repetition penalty sees prompt and output (CTRL, arXiv 1909.05858), the others output."""
     assert row.history is not None
     sampling = row.sampling
-    seen = torch.from_numpy(np.unique(row.history)).to(scores.device)
+    seen = np.unique(row.history)
+    ids = torch.from_numpy(seen[vocabulary.holds(seen)] - vocabulary.start).to(scores.device)
     if sampling.repetition_penalty != 1.0:
-        values = scores[seen]
+        values = scores[ids]
         penalty = sampling.repetition_penalty
-        scores[seen] = torch.where(values > 0, values / penalty, values * penalty)
+        scores[ids] = torch.where(values > 0, values / penalty, values * penalty)
     output, counts = np.unique(row.history[row.num_prompt_tokens :], return_counts=True)
-    if len(output) > 0:
-        ids = torch.from_numpy(output).to(scores.device)
-        counted = torch.from_numpy(counts).to(scores.device)
+    held = vocabulary.holds(output)
+    if held.any():
+        ids = torch.from_numpy(output[held] - vocabulary.start).to(scores.device)
+        counted = torch.from_numpy(counts[held]).to(scores.device)
         scores[ids] -= sampling.frequency_penalty * counted.float()
         scores[ids] -= sampling.presence_penalty
 
 
-def _nucleus_threshold(scores: torch.Tensor, top_p: float) -> torch.Tensor:
-    """The score of the last entry of the smallest set whose mass reaches top_p; ties stay in."""
-    log_total = torch.logsumexp(scores, dim=0)
-    for count in (min(_NUCLEUS_CANDIDATES, len(scores)), len(scores)):
-        top = torch.topk(scores, count).values
-        mass = torch.cumsum(torch.exp(top - log_total), dim=0)
-        reached = torch.nonzero(mass >= top_p)
-        if len(reached) > 0:
-            return top[int(reached[0])]
-    return top[-1]  # rounding kept the whole vocabulary's mass under top_p
+def _bias(scores: torch.Tensor, sampling: SamplingParams, vocabulary: Vocabulary) -> None:
+    ids, biases = (np.array(column) for column in zip(*sampling.logit_bias, strict=True))
+    held = vocabulary.holds(ids)
+    index = torch.from_numpy(ids[held] - vocabulary.start).to(scores.device)
+    scores.index_add_(0, index, torch.from_numpy(biases[held]).to(scores))

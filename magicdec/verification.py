@@ -19,11 +19,13 @@ from numpy.typing import NDArray
 
 from magicdec.kernels.gumbel import Role
 from magicdec.sampler import Proposal, Sampler, SamplerRow
+from magicdec.vocabulary import Vocabulary
 
 
 class VerificationRule(Protocol):
     def propose(self, logits: torch.Tensor, rows: list[SamplerRow]) -> list[Proposal]:
-        """Draws the next token of each draft. logits: [num_rows, vocab_size] of the drafter."""
+        """Draws the next token of each draft. logits: the drafter's, [num_rows, vocab_size]; a
+        rank's share of them where the rule was made for that, as in `verify`."""
         ...
 
     def verify(
@@ -40,20 +42,22 @@ class VerificationRule(Protocol):
 
 
 class SharedNoise:
-    """Accept while equal."""
+    """Accept while equal. Ranks that share a vocabulary sample together."""
 
-    def __init__(self, sampler: Sampler) -> None:
+    def __init__(self, sampler: Sampler, vocabulary: Vocabulary | None = None) -> None:
         self._sampler = sampler
+        self._vocabulary = vocabulary
 
     def propose(self, logits: torch.Tensor, rows: list[SamplerRow]) -> list[Proposal]:
         """See VerificationRule.propose. The law is not kept: equality needs none."""
-        return [Proposal(token_id) for token_id in self._sampler.sample(logits, rows)]
+        chosen = self._sampler.sample(logits, rows, self._vocabulary)
+        return [Proposal(token_id) for token_id in chosen]
 
     def verify(
         self, logits: torch.Tensor, rows: list[SamplerRow], drafts: list[tuple[Proposal, ...]]
     ) -> list[tuple[int, ...]]:
         """See VerificationRule.verify."""
-        chosen = iter(self._sampler.sample(logits, rows))
+        chosen = iter(self._sampler.sample(logits, rows, self._vocabulary))
         return [
             accept([p.token_id for p in draft], [next(chosen) for _ in range(len(draft) + 1)])
             for draft in drafts
@@ -68,14 +72,19 @@ class OptimalCoupling:
     depends on where rounds begin and on what was drafted, so that a seed gives the same tokens only
     under the same draft lengths, budgets and drafter, and a stream that resumes on another
     replica goes on with the right law but other tokens. At temperature 0 the tokens are plain
-    decoding's.
+    decoding's. Laws are of the whole vocabulary: ranks that share it send each other all logits.
     """
 
-    def __init__(self, sampler: Sampler) -> None:
+    def __init__(self, sampler: Sampler, vocabulary: Vocabulary | None = None) -> None:
         self._sampler = sampler
+        self._vocabulary = vocabulary
+
+    def _whole(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits if self._vocabulary is None else self._vocabulary.join(logits.float())
 
     def propose(self, logits: torch.Tensor, rows: list[SamplerRow]) -> list[Proposal]:
         """See VerificationRule.propose. Sampled drafts keep their law."""
+        logits = self._whole(logits)
         return [self._propose(logits[i : i + 1], row) for i, row in enumerate(rows)]
 
     def _propose(self, logits: torch.Tensor, row: SamplerRow) -> Proposal:
@@ -88,6 +97,7 @@ class OptimalCoupling:
         self, logits: torch.Tensor, rows: list[SamplerRow], drafts: list[tuple[Proposal, ...]]
     ) -> list[tuple[int, ...]]:
         """See VerificationRule.verify."""
+        logits = self._whole(logits)
         emitted, start = [], 0
         for draft in drafts:
             stop = start + len(draft) + 1
@@ -144,9 +154,15 @@ def _draft_law(proposal: Proposal, vocab_size: int) -> NDArray[np.float64]:
     return certain
 
 
-def verification_rule(name: str, sampler: Sampler) -> VerificationRule:
+def verification_rule(
+    name: str,
+    sampler: Sampler,
+    vocabulary: Vocabulary | None = None,  # that the logits are a rank's share of; None: whole
+) -> VerificationRule:
     """The rule of that name in config.VERIFICATION_RULES."""
-    return OptimalCoupling(sampler) if name == "optimal_coupling" else SharedNoise(sampler)
+    if name == "optimal_coupling":
+        return OptimalCoupling(sampler, vocabulary)
+    return SharedNoise(sampler, vocabulary)
 
 
 def accept(draft_token_ids: Sequence[int], target_token_ids: Sequence[int]) -> tuple[int, ...]:

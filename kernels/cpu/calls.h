@@ -67,8 +67,10 @@ struct DrawKey {
 struct ChoiceCall {
   const float* scores;  // [num_rows, num_entries]
   const DrawKey* keys;  // [num_rows]
-  int64_t* chosen;      // [num_rows]; -1: a NaN among the scores, or none above -inf
+  double* values;       // [num_rows]; NaN: among the scores; -inf: none is above it
+  int64_t* entries;     // [num_rows], of the whole vocabulary
   int64_t num_rows, num_entries;
+  int64_t first_entry;  // of these scores in the vocabulary, a multiple of a block
   int32_t num_threads;
 };
 

@@ -35,7 +35,7 @@ double noise_of(uint32_t word) { return -std::log(-std::log((word + 0.5) * 0x1p-
 // No less than the word's noise: -log(u) >= 1 - u, and 1 - u >= 2^-(ones + 1).
 double noise_bound(uint32_t word) { return (std::countl_one(word) + 1) * 0.69314719; }
 
-// The best entry so far; of equal ones the first.
+// The best entry so far, counted from the first of the scores; of equal ones the first.
 struct Best {
   double value = -INFINITY;
   int64_t entry = -1;
@@ -50,8 +50,8 @@ struct Best {
   }
 };
 
-// -1: a NaN among the scores, or none above -inf.
-int64_t largest_entry(const float* scores, int64_t size) {
+// Without an entry: a NaN among the scores, or none above -inf, as the value says.
+Best largest_entry(const float* scores, int64_t size) {
   Floats top = splat(-kInfinity);
   Ints ordered = ~Ints{};
   int64_t i = 0;
@@ -67,37 +67,41 @@ int64_t largest_entry(const float* scores, int64_t size) {
     all_ordered &= scores[i] == scores[i];
     most = std::fmax(most, scores[i]);
   }
-  if (!all_ordered || most == -kInfinity) return -1;
+  if (!all_ordered) return {NAN, -1};
+  if (most == -kInfinity) return {};
   for (i = 0; i + kLanes <= size; i += kLanes)
     if (largest(load<Floats>(scores + i)) == most) break;
   while (scores[i] != most) ++i;
-  return i;
+  return {most, i};
 }
 
-int64_t choose(const float* scores, int64_t size, const DrawKey& key) {
-  const int64_t top = largest_entry(scores, size);
-  if (top < 0 || !key.is_random) return top;
+Best choose(const float* scores, int64_t size, int64_t first_block, const DrawKey& key) {
+  const Best top = largest_entry(scores, size);
+  if (top.entry < 0 || !key.is_random) return top;
   uint32_t words[kBlock];
   Best best;
-  philox(top / kBlock + 1, key, words);
-  best.consider(scores[top], words[top % kBlock], top);
+  philox(first_block + top.entry / kBlock + 1, key, words);
+  best.consider(scores[top.entry], words[top.entry % kBlock], top.entry);
   for (int64_t first = 0; first < size; first += kBlock) {
     const int64_t count = std::min(kBlock, size - first);
     const auto needed = static_cast<float>(best.value - kMostNoise);
     int num_candidates = 0;
     for (int64_t i = 0; i < count; ++i) num_candidates += scores[first + i] >= needed;
     if (num_candidates == 0) continue;
-    philox(first / kBlock + 1, key, words);
+    philox(first_block + first / kBlock + 1, key, words);
     for (int64_t i = 0; i < count; ++i) best.consider(scores[first + i], words[i], first + i);
   }
-  return best.entry;
+  return best;
 }
 
 }  // namespace
 
 extern "C" void gumbel_argmax(const ChoiceCall* call) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(call->num_threads)
-  for (int64_t row = 0; row < call->num_rows; ++row)
-    call->chosen[row] = choose(call->scores + row * call->num_entries, call->num_entries,
-                               call->keys[row]);
+  for (int64_t row = 0; row < call->num_rows; ++row) {
+    const Best best = choose(call->scores + row * call->num_entries, call->num_entries,
+                             call->first_entry / kBlock, call->keys[row]);
+    call->values[row] = best.value;
+    call->entries[row] = call->first_entry + best.entry;
+  }
 }

@@ -11,10 +11,11 @@ from magicdec.kernels.paged_layout import PagedLayout
 from magicdec.sampler import Proposal, SamplerRow
 
 Forward = Callable[[torch.Tensor, torch.Tensor, AttentionContext], torch.Tensor]
-"""(token ids [num_rows], positions [num_rows], context) -> logits [num_rows, vocab_size]."""
+"""(token ids [num_rows], positions [num_rows], context) -> logits [num_rows, a rank's share of the
+vocabulary]."""
 
 Propose = Callable[[torch.Tensor, list[SamplerRow]], list[Proposal]]
-"""(logits [num_rows, vocab_size], rows) -> one proposal a row, drawn as verification expects."""
+"""(logits as a Forward returns them, rows) -> one proposal a row, drawn as verification expects."""
 
 
 class Drafter(Protocol):

@@ -25,6 +25,7 @@ def build_drafters(
     config: EngineConfig,
     vocab_size: int,  # of the target's logits
     draft_model: DraftModel | None,
+    propose_by_model: Propose,  # the draft model's logits are whole, the target's a rank's share
     graphs: DraftGraphs | None,  # of the target's draft steps
 ) -> dict[str, Drafter]:
     """Drafter name -> drafter; several names may be one's. `cache` holds the target's pages."""
@@ -38,7 +39,9 @@ def build_drafters(
     }
     if draft_model is not None:
         draft_cache = _draft_cache(draft_model, cache, backend, config)
-        drafters["draft_model"] = DraftModelDrafter(draft_model, propose, draft_cache, vocab_size)
+        drafters["draft_model"] = DraftModelDrafter(
+            draft_model, propose_by_model, draft_cache, vocab_size
+        )
     return drafters
 
 

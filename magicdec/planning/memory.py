@@ -21,15 +21,15 @@ class PlanModel:
     max_context: int | None = None  # None: it declares none
 
     def rank_weight_bytes(self, num_ranks: int) -> float:
-        """On the rank with the most heads. The embedding is whole on every rank, and the split
-        unties a head."""
+        """On the rank with the most heads. The embedding is whole on every rank, and a tied head
+        is rows of it; any other is split by vocabulary."""
         shape = self.geometry
         embedding = shape.hidden_size * shape.vocab_size * shape.weight_element_bytes
         mlp_elements = 3 * shape.num_layers * shape.hidden_size * shape.intermediate_size
-        mlp_and_head = mlp_elements * shape.weight_element_bytes + embedding
-        attention = shape.weight_bytes - mlp_and_head
-        held = attention * fullest_share(shape, num_ranks) + mlp_and_head / num_ranks
-        return held if self.tied_head and num_ranks == 1 else held + embedding
+        mlp = mlp_elements * shape.weight_element_bytes
+        attention = shape.weight_bytes - mlp - embedding
+        head = 0.0 if self.tied_head else embedding / num_ranks
+        return attention * fullest_share(shape, num_ranks) + mlp / num_ranks + head + embedding
 
     @property
     def even_degrees(self) -> list[int]:

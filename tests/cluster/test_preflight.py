@@ -3,10 +3,11 @@
 import pickle
 
 import pytest
+from transformers import LlamaConfig
 
 from magicdec.attention import UnsupportedModel
 from magicdec.cluster.preflight import UnshardableModel, preflight
-from tests.cluster.shard_models import REFUSED, SHARDABLE
+from tests.cluster.shard_models import REFUSED, SHAPE, SHARDABLE
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -51,6 +52,13 @@ def test_heads_by_rank(
     assert report.replicated == ("model.embed_tokens.weight",)
     assert len(report.warnings) == (warning is not None)
     assert warning is None or warning in report.warnings[0]
+
+
+def test_the_head_is_split_by_vocabulary_in_blocks_of_noise() -> None:
+    shapes = preflight(LlamaConfig(**SHAPE | {"vocab_size": 100}), 3).shapes
+    assert shapes["lm_head.weight"] == ((32, 256), (32, 256), (36, 256))
+    with pytest.raises(UnshardableModel, match="lm_head: a vocabulary of 16 entries does not go"):
+        preflight(LlamaConfig(**SHAPE | {"vocab_size": 16}), 3)
 
 
 def test_experts_left_whole_are_named() -> None:

@@ -11,10 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from magicdec.cluster.preflight import preflight
+from magicdec.checkpoint import parameters_on_meta
 from magicdec.cluster.tensor_parallel import ShardError, slice_bounds
-from tests.cluster.rank_process import sample_ids
+from magicdec.sampler import Sampler
+from tests.cluster.rank_process import rows_of_every_kind, sample_ids, wide_logits
 from tests.cluster.shard_models import SHARDABLE
-from tests.conftest import save_model
+from tests.conftest import VOCAB_SIZE, save_model
 
 NUM_RANKS = 2
 BF16 = ("llama", "gemma3", "qwen3_moe")  # the last is loaded whole, then split
@@ -61,6 +63,39 @@ def test_logits_are_the_unsharded_models_and_equal_on_all_ranks(
         ranks[0][f"{name} float32"]["logits"], expected, rtol=1e-4, atol=3e-4
     )
     assert torch.equal(ranks[0][f"{name} float32"]["logits"], ranks[1][f"{name} float32"]["logits"])
+
+
+@pytest.mark.parametrize("name", SHARDABLE)
+def test_token_ids_are_the_unsharded_models_and_equal_on_all_ranks(
+    name: str, folders: dict[str, Path], ranks: Ranks
+) -> None:
+    """Greedy, and sampled with top-k, top-p, min-p, penalties and a bias."""
+    whole = AutoModelForCausalLM.from_pretrained(folders[name], dtype=torch.float32)
+    with torch.inference_mode():
+        logits = whole(input_ids=sample_ids(), use_cache=False).logits[0]
+    expected = Sampler([]).sample(logits, rows_of_every_kind(len(logits)))
+    assert [rank[f"{name} float32"]["token_ids"] for rank in ranks] == [expected] * NUM_RANKS
+
+
+def test_what_ranks_do_not_send_changes_no_token(ranks: Ranks) -> None:
+    """Of 1,501 scores a rank sends 256 first."""
+    logits = wide_logits()
+    expected = Sampler([]).sample(logits, rows_of_every_kind(len(logits)))
+    assert len(set(expected)) > 20
+    assert [rank["wide"]["token_ids"] for rank in ranks] == [expected] * NUM_RANKS
+
+
+@pytest.mark.parametrize("name", SHARDABLE)
+def test_a_rank_has_its_rows_of_the_head_alone_and_a_tied_one_takes_nothing(
+    name: str, ranks: Ranks
+) -> None:
+    config = SHARDABLE[name]()
+    rows = VOCAB_SIZE // NUM_RANKS
+    for rank in ranks:
+        found = rank[f"{name} float32"]
+        assert found["share"] == (sample_ids().shape[1], rows)
+        expected = 0 if config.tie_word_embeddings else rows * config.hidden_size * 4
+        assert found["head_bytes"] == expected
 
 
 @pytest.mark.parametrize("name", SHARDABLE)

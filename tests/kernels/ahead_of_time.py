@@ -51,7 +51,7 @@ _TYPES = {
     "softcap": "fp32",
     "epsilon": "fp32",
 }
-_INTEGERS = ("_stride", "batch", "step", "window")
+_INTEGERS = ("_stride", "batch", "step", "window", "first_block")
 
 
 @dataclass(frozen=True, slots=True)
