@@ -118,7 +118,10 @@ def load_module(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Mo
         )
     checkpoint = Checkpoint.index(folder, module)
     if checkpoint.why_not_by_name is None:
-        _read_parameters(module, checkpoint, device)
+        try:
+            _read_parameters(module, checkpoint, device)
+        except torch.OutOfMemoryError as error:
+            raise CheckpointError(_too_large(folder, module, device)) from error
     else:
         logger.warning(
             "%s is loaded whole on the host first: %s", folder, checkpoint.why_not_by_name
@@ -132,6 +135,14 @@ def load_module(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Mo
     logger.info("%s: %.2f GiB of weights in %.1f s", folder, num_bytes / (1 << 30), seconds)
     loaded: nn.Module = module.eval()
     return loaded
+
+
+def _too_large(folder: Path, module: nn.Module, device: torch.device) -> str:
+    gib = sum(parameter.nbytes for parameter in module.parameters()) / (1 << 30)
+    return (
+        f"{folder}: its weights take {gib:.2f} GiB, more than {device} has free; raise "
+        "tensor_parallel_size, or take a smaller model"
+    )
 
 
 def _read_parameters(module: Any, checkpoint: Checkpoint, device: torch.device) -> None:

@@ -237,6 +237,6 @@ def _resolve_max_model_len(config: EngineConfig, facts: ModelFacts, pool_tokens:
     if wanted is not None and wanted > pool_tokens:
         raise ConfigError(
             f"max_model_len must fit the KV pool of {pool_tokens} tokens, got {wanted}; "
-            "raise kv_cache_bytes"
+            "raise kv_cache_bytes, or memory_share on a GPU"
         )
     return min(wanted or facts.max_position_embeddings, pool_tokens)

@@ -17,7 +17,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import Transpose, WeightConverter
 
 from magicdec import checkpoint
-from magicdec.checkpoint import Checkpoint, CheckpointError, load_module, parameters_on_meta
+from magicdec.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    StoredTensor,
+    load_module,
+    parameters_on_meta,
+)
 from tests.cluster.shard_models import REFUSED, SHARDABLE
 from tests.conftest import FAMILIES, save_model
 from tests.loaded_models import assert_as_transformers_loads_it
@@ -106,6 +112,18 @@ def test_a_shape_that_config_json_does_not_make_is_refused(
     said = r"^lm_head\.weight: the file holds \[384, 64\], config\.json makes it \[300, 64\]$"
     with pytest.raises(CheckpointError, match=said):
         load_module(folder, torch.float32, CPU)
+
+
+def test_weights_that_do_not_fit_say_what_would_help(
+    folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(StoredTensor, "read", full)
+    said = r"llama: its weights take 0\.00 GiB, more than cpu has free; raise tensor_parallel_size"
+    with pytest.raises(CheckpointError, match=said):
+        load_module(folders("llama"), torch.float32, CPU)
 
 
 def on_meta(folder: Path) -> Any:
