@@ -87,7 +87,7 @@ class Sampler:
             None if row.sampling.temperature == 0.0 else _draw(row, Role.SHARED) for row in rows
         ]
         if not all(self._is_plain_argmax(row) for row in rows):
-            logits = self._process(logits.float(), rows, vocabulary)
+            logits = self.process_rows(logits.float(), rows, vocabulary)
         winners = self._gumbel_argmax(logits, draws, vocabulary.start)
         return vocabulary.best(winners).token_ids()
 
@@ -96,13 +96,16 @@ class Sampler:
 
         scores: fp32 [vocab_size], not changed. Returns fp32 log-probabilities up to a constant.
         """
-        return self._process(scores[None], [row], Vocabulary.whole(len(scores)))[0]
+        return self.process_rows(scores[None], [row], Vocabulary.whole(len(scores)))[0]
 
-    def _process(
+    def process_rows(
         self, scores: torch.Tensor, rows: list[SamplerRow], vocabulary: Vocabulary
     ) -> torch.Tensor:
+        """process() of every row, [num_rows, this rank's share], on all ranks together."""
         scores = _scaled(self._adjusted(scores, rows, vocabulary), rows, vocabulary)
         cut = [i for i, row in enumerate(rows) if removes(row.sampling, vocabulary.size)]
+        if len(cut) == len(rows):
+            return truncate(scores, [row.sampling for row in rows], vocabulary)
         if cut:
             index = torch.tensor(cut, device=scores.device)
             samplings = [rows[i].sampling for i in cut]

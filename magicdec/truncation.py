@@ -31,7 +31,8 @@ def truncate(
     limits = _Limits.of(samplings, vocabulary.size, scores.device)
     thresholds = limits.min_score
     if any(_is_cut(sampling, vocabulary.size) for sampling in samplings):
-        found, is_settled = limits.thresholds(_best_of_ranks(scores, vocabulary))
+        count = _num_candidates(samplings, vocabulary)
+        found, is_settled = limits.thresholds(_best_of_ranks(scores, count, vocabulary))
         open_rows = (~is_settled).nonzero()[:, 0]
         if len(open_rows) > 0:
             rows = vocabulary.join(scores[open_rows])
@@ -107,10 +108,15 @@ class _Limits:
         return found, knows_kth & (~has_p | knows_nucleus)
 
 
-def _best_of_ranks(scores: torch.Tensor, vocabulary: Vocabulary) -> _Candidates:
-    widest = max(vocabulary.shares)
+def _num_candidates(samplings: Sequence[SamplingParams], vocabulary: Vocabulary) -> int:
+    """Of each rank. Top-k alone needs no more than k."""
     most = _CANDIDATES_ALONE if vocabulary.num_ranks == 1 else _CANDIDATES_SENT
-    count = min(most, widest)
+    if all(sampling.top_p >= 1.0 for sampling in samplings):
+        most = min(most, max(s.top_k for s in samplings if s.top_k < vocabulary.size))
+    return min(most, max(vocabulary.shares))
+
+
+def _best_of_ranks(scores: torch.Tensor, count: int, vocabulary: Vocabulary) -> _Candidates:
     own = scores.topk(min(count, scores.shape[1]), dim=1).values
     own = torch.nn.functional.pad(own, (0, count - own.shape[1]), value=-math.inf)
     mass = _weights(scores).sum(1, keepdim=True, dtype=torch.float64)

@@ -13,6 +13,7 @@ from magicdec.batch import ScheduledSequence
 from magicdec.sampler import Sampler, SamplerRow
 from magicdec.types import SamplingParams
 from magicdec.verification import OptimalCoupling, SharedNoise, VerificationRule
+from magicdec.vocabulary import Vocabulary
 from tests.distributions import (
     FALSE_ALARM,
     RowOf,
@@ -101,8 +102,11 @@ def test_a_mask_of_the_drafts_scores_alone_is_found(rule: Rule) -> None:
     """The statistic sees a target that forgets its processors."""
 
     class Unmasked(Sampler):
-        def process(self, scores: torch.Tensor, row: SamplerRow) -> torch.Tensor:
-            return super().process(scores, replace(row, sampling=replace(row.sampling, top_k=0)))
+        def process_rows(
+            self, scores: torch.Tensor, rows: list[SamplerRow], vocabulary: Vocabulary
+        ) -> torch.Tensor:
+            rows = [replace(row, sampling=replace(row.sampling, top_k=0)) for row in rows]
+            return super().process_rows(scores, rows, vocabulary)
 
     drawn = decode(
         rule(Unmasked([EOS])), TARGET, DRAFT, [2], 2, seeded(300, SamplingParams(top_k=2))

@@ -23,6 +23,7 @@ from magicdec.model_loader import describe_model, load_tokenizer, read_model_fac
 from magicdec.runner import ModelRunner
 from magicdec.sampler import Sampler, SamplerRow
 from magicdec.types import Request, SamplingParams
+from magicdec.vocabulary import Vocabulary
 from tests.conftest import engine_config
 from tests.generation import random_prompts, requests_of
 from tests.teacher_forcing import Verdict, plain_streams, replay
@@ -124,8 +125,11 @@ def test_a_pass_that_computes_other_scores_is_not_taken_for_a_tie(tiny_model_dir
     """The planted fault: scores of sampled rows that are wrong by up to 0.9."""
 
     class Wrong(Sampler):
-        def process(self, scores: torch.Tensor, row: SamplerRow) -> torch.Tensor:
-            return super().process(scores + 0.9 * torch.cos(torch.arange(len(scores))), row)
+        def process_rows(
+            self, scores: torch.Tensor, rows: list[SamplerRow], vocabulary: Vocabulary
+        ) -> torch.Tensor:
+            wrong = scores + 0.9 * torch.cos(torch.arange(scores.shape[1]))
+            return super().process_rows(wrong, rows, vocabulary)
 
     config = engine_config(tiny_model_dir, draft_length=4, num_blocks=200)
     requests = seeded(random_prompts([20] * 6), 100)
