@@ -34,10 +34,7 @@ class CpuGumbelArgmax:
         if not is_known or len(draws) != len(scores):
             return gumbel.gumbel_argmax(scores, draws)
         scores = scores.contiguous()
-        keys = np.array(
-            [(0,) * 5 if d is None else (d.seed, d.position, d.role, d.step, 1) for d in draws],
-            dtype=np.uint64,
-        )
+        keys = gumbel.draw_keys(draws)
         chosen = np.empty(len(draws), dtype=np.int64)
         call = ChoiceCall(
             scores=scores.data_ptr(),

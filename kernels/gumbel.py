@@ -60,6 +60,12 @@ def random_words(
     return words.view("<u4")[:num_words]
 
 
+def draw_keys(draws: Sequence[Draw | None]) -> NDArray[np.uint64]:
+    """[num_rows, 5] for a compiled kernel: seed, position, role, step, whether there is a draw."""
+    keys = [(0,) * 5 if d is None else (d.seed, d.position, d.role, d.step, 1) for d in draws]
+    return np.array(keys, dtype=np.uint64).reshape(-1, 5)
+
+
 def uniforms(words: NDArray[np.uint32]) -> NDArray[np.float64]:
     """(word + 0.5) / 2**32: above 0, and below 1 by enough that u * q < q for every q > 0."""
     return (words.astype(np.float64) + 0.5) * 2.0**-32

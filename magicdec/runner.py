@@ -91,7 +91,9 @@ class ModelRunner:
         if is_whole and self._backend.paged_on_device is not None:
             shared = self._cache, self._backend, Capturer(model.device)
             self._graphs = ForwardGraphs(self.forward, *shared, self._max_model_len)
-            draft_graphs = DraftGraphs(self.forward, model.layers, *shared)
+            draft_graphs = DraftGraphs(
+                self.forward, model.layers, *shared, self._rule.only_scales
+            )
         self._drafters = build_drafters(
             self.forward,
             self._rule.propose,

@@ -73,9 +73,7 @@ class Sampler:
 
         Raises ValueError for a row that holds a NaN.
         """
-        draws = [
-            None if row.sampling.temperature == 0.0 else _draw(row, Role.SHARED) for row in rows
-        ]
+        draws = [shared_draw(row) for row in rows]
         if not all(self._is_plain_argmax(row) for row in rows):
             logits = self._process_all(logits.float(), rows)
         return self._gumbel_argmax(logits, draws)
@@ -83,17 +81,20 @@ class Sampler:
     def _process_all(self, scores: torch.Tensor, rows: list[SamplerRow]) -> torch.Tensor:
         """process() of every row: at once for those that it would only divide by temperature."""
         is_scaled = [self._is_scaled_alone(row) for row in rows]
-        scales = [
-            row.sampling.temperature if scaled else 1.0
+        temperatures = [
+            row.sampling.temperature if scaled else 0.0
             for row, scaled in zip(rows, is_scaled, strict=True)
         ]
-        scale = torch.tensor([scales, is_scaled], dtype=scores.dtype).to(scores.device)
-        shift = torch.where(scale[1] > 0, scores.amax(dim=1), 0.0)
-        processed = (scores - shift[:, None]).div_(scale[0, :, None])
+        divisors = torch.tensor(temperatures, dtype=scores.dtype).to(scores.device)
+        processed = scaled_scores(scores, divisors)
         for i, row in enumerate(rows):
             if not (is_scaled[i] or self._is_plain_argmax(row)):
                 processed[i] = self.process(scores[i], row)
         return processed
+
+    def only_scales(self, row: SamplerRow) -> bool:
+        """Whether score over temperature, and noise, choose this token and the row's later ones."""
+        return self._is_plain_argmax(row) or self._is_scaled_alone(row)
 
     def _is_plain_argmax(self, row: SamplerRow) -> bool:
         return row.sampling.temperature == 0.0 and self._keeps_logits(row)
@@ -150,6 +151,23 @@ class Sampler:
         if sampling.min_p > 0.0:
             scores[scores < scores.max() + float(np.log(sampling.min_p))] = float("-inf")
         return scores
+
+
+def scaled_scores(scores: torch.Tensor, temperatures: torch.Tensor) -> torch.Tensor:
+    """Each row's distance to its largest score over its temperature; at 0 the row as it is.
+
+    scores: fp32 [num_rows, vocab_size]; temperatures: [num_rows], of the scores' device. Reads
+    nothing on the host: it may be part of a graph.
+    """
+    is_greedy = temperatures <= 0.0
+    shift = scores.amax(dim=1).masked_fill(is_greedy, 0.0)
+    scale = temperatures.to(scores.dtype).masked_fill(is_greedy, 1.0)
+    return (scores - shift[:, None]).div_(scale[:, None])
+
+
+def shared_draw(row: SamplerRow) -> Draw | None:
+    """The noise that draft and target share at the row's position; None: greedy."""
+    return None if row.sampling.temperature == 0.0 else _draw(row, Role.SHARED)
 
 
 def _draw(row: SamplerRow, role: Role) -> Draw:

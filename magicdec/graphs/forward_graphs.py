@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from magicdec.graphs.capture import Capturer, KeptForward
+from magicdec.graphs.capture import Capturer, Graph, KeptForward
 from magicdec.kernels.dispatch import AttentionBackend
 from magicdec.kernels.paged_layout import DeviceLayout, PagedLayout
 from magicdec.kv_cache import PagedKVCache
@@ -152,7 +152,7 @@ def static_forward(
 
 @dataclass(frozen=True, slots=True)
 class _Captured:
-    graph: torch.cuda.CUDAGraph
+    graph: Graph
     step: StaticForward  # holds what the graph reads beside its buffer
     staging: torch.Tensor  # in pinned memory, then copied to
     buffer: torch.Tensor
@@ -204,7 +204,7 @@ class ForwardGraphs:
         return captured.logits.index_select(0, kept.to(self._device))
 
     def _capture(self, shape: Shape) -> _Captured:
-        staging = torch.zeros(sum(shape.sizes), dtype=torch.int32).pin_memory()
+        staging = self._capturer.staging(sum(shape.sizes), torch.int32)
         staging.split_with_sizes(shape.sizes)[2].fill_(_NO_SLOT)
         buffer = staging.to(self._device)
         step = static_forward(self._forward, self._cache, self._backend, shape, buffer)
