@@ -8,8 +8,10 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+from numpy.typing import NDArray
 
 from magicdec.attention import PagedAttention, row_positions
+from magicdec.batch import ScheduledSequence
 from magicdec.config import SelectionConfig
 from magicdec.draft_attention import DraftAttention
 from magicdec.graphs.capture import Capturer
@@ -20,11 +22,13 @@ from magicdec.kernels.paged_layout import PagedLayout
 from magicdec.kv_cache import PagedKVCache
 from magicdec.model_loader import LoadedModel
 from magicdec.sampler import SamplerRow
+from magicdec.target_forward import StepRows, TargetForward
 from magicdec.types import SamplingParams
 
 _WARM_UPS = 2
 _READ_BLOCK = 4096
 _READ_CHUNK = 1 << 16
+_CHUNK_ROWS = 512  # of a prompt, beside plain rows
 _GREEDY = SamplingParams(temperature=0.0)
 
 
@@ -104,8 +108,11 @@ class Steps:
         blocks = -(-(context + draft_length + 1) // block_size)
         order = np.random.default_rng(0).permutation(batch * blocks)
         self._tables = tuple(np.split(order, batch))
+        chunk_blocks = -(-_CHUNK_ROWS // block_size)
+        self._chunk_table = batch * blocks + np.arange(chunk_blocks)
+        num_blocks = batch * blocks + chunk_blocks
         self._cache = PagedKVCache(
-            model.layers, block_size, batch * blocks, model.kv_dtype, model.device
+            model.layers, block_size, num_blocks, model.kv_dtype, model.device
         )
         self._forwards: ForwardGraphs | None = None
         self._drafts: DraftGraphs | None = None
@@ -130,7 +137,8 @@ class Steps:
     def measure(self, num_rounds: int) -> dict[str, list[float]]:
         """Seconds of each kind of step, round by round."""
         times: dict[str, list[float]] = {
-            kind: [] for kind in ("plain_eager", "plain", "views", "draft", "verify")
+            kind: []
+            for kind in ("plain_eager", "plain", "views", "draft", "verify", "packed", "mixed")
         }
         for number in range(num_rounds + _WARM_UPS):
             found = self._round()
@@ -147,6 +155,9 @@ class Steps:
         verify = self._replayed if self._forwards is not None else self._eager
         found["verify"] = _timed(lambda: verify(self._draft_length + 1), device)
         found["views"], found["draft"] = self._drafting()
+        found["packed"] = _timed(lambda: self._beside_a_chunk(None), device)
+        if self._forwards is not None:
+            found["mixed"] = _timed(lambda: self._beside_a_chunk(self._forwards), device)
         return found
 
     def _layout(self, num_rows: int) -> PagedLayout:
@@ -207,6 +218,21 @@ class Steps:
             last=[self._context + self._draft_length] * self._batch,
             rows=rows,
         )
+
+    def _beside_a_chunk(self, graphs: ForwardGraphs | None) -> list[int]:
+        """Plain rows and a prompt's first chunk, in one forward or, with graphs, in two."""
+        plain = [self._sequence(table, 1, self._context, _GREEDY) for table in self._tables]
+        chunk = self._sequence(self._chunk_table, _CHUNK_ROWS, 0, None)
+        drafts: list[tuple[()]] = [()] * (len(plain) + 1)
+        step = StepRows.of([*plain, chunk], drafts, self._cache.block_size)
+        forward = TargetForward(self._model.forward, self._cache, self._backend, graphs)
+        return _greedy(forward(step, ()))
+
+    def _sequence(
+        self, table: NDArray[np.int64], num_rows: int, start: int, sampling: SamplingParams | None
+    ) -> ScheduledSequence:
+        ids = np.zeros(num_rows, dtype=np.int64)
+        return ScheduledSequence(0, ids, start, table, sampling, 1, None, None)
 
 
 def _greedy(logits: torch.Tensor) -> list[int]:
