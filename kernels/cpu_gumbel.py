@@ -3,7 +3,6 @@
 import ctypes
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from magicdec.kernels import gumbel
@@ -36,10 +35,7 @@ class CpuGumbelArgmax:
             return gumbel.gumbel_argmax(scores, draws, first_entry)
         gumbel.check_draws(scores, draws, first_entry)
         scores = scores.contiguous()
-        keys = np.array(
-            [(0,) * 5 if d is None else (d.seed, d.position, d.role, d.step, 1) for d in draws],
-            dtype=np.uint64,
-        )
+        keys = gumbel.draw_keys(draws)
         values = torch.empty(len(draws), dtype=torch.float64)
         entries = torch.empty(len(draws), dtype=torch.int64)
         call = ChoiceCall(

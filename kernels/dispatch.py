@@ -16,7 +16,7 @@ from magicdec.kernels.cpu_attention_mass import CpuAttentionMass
 from magicdec.kernels.cpu_elementwise import CpuElementwise
 from magicdec.kernels.cpu_gumbel import CpuGumbelArgmax
 from magicdec.kernels.cpu_largest import CpuLargest
-from magicdec.kernels.gumbel import GumbelArgmax, gumbel_argmax
+from magicdec.kernels.gumbel import GumbelArgmax, Winners, gumbel_argmax
 from magicdec.kernels.paged_layout import DeviceLayout, PagedLayout
 from magicdec.kernels.selection import LargestIndices
 from magicdec.kernels.sparse_attention import CopiedView, MakeDeviceView, MakeView
@@ -64,6 +64,17 @@ class PagedOnDevice(Protocol):
     ) -> torch.Tensor: ...
 
 
+class ChooseOnDevice(Protocol):
+    """gumbel.gumbel_argmax that reads nothing on the host: it may be part of a graph."""
+
+    def __call__(
+        self,
+        scores: torch.Tensor,  # [num_rows, num_entries]
+        keys: torch.Tensor,  # int64 [num_rows, 5], see gumbel.draw_keys
+        first_entry: int = 0,
+    ) -> Winners: ...
+
+
 class StoreKv(Protocol):
     def __call__(
         self,
@@ -99,7 +110,7 @@ class Elementwise(Protocol):
 @dataclass(frozen=True, slots=True)
 class AttentionBackend:
     """The attentions of a round, over pages and over the draft's view of them; and its mass, whose
-    largest entries a view is chosen by."""
+    largest entries a view is chosen by. What is `on_device` serves graphs: all of it or none."""
 
     name: str
     paged: PagedAttentionKernel
@@ -109,6 +120,7 @@ class AttentionBackend:
     store: StoreKv = kv_store.store_kv
     paged_on_device: PagedOnDevice | None = None
     view_on_device: MakeDeviceView | None = None
+    choose_on_device: ChooseOnDevice | None = None
 
 
 REFERENCE = AttentionBackend(
@@ -176,7 +188,13 @@ def _has_triton(device: torch.device) -> bool:
 
 def triton_backend() -> AttentionBackend:
     """On a GPU; where kernels are interpreted, on a CPU too. Raises ImportError without triton."""
-    from magicdec.kernels import triton_attention, triton_mass, triton_steps, triton_view
+    from magicdec.kernels import (
+        triton_attention,
+        triton_gumbel,
+        triton_mass,
+        triton_steps,
+        triton_view,
+    )
 
     return AttentionBackend(
         "triton",
@@ -186,6 +204,7 @@ def triton_backend() -> AttentionBackend:
         store=triton_steps.store_kv,
         paged_on_device=triton_attention.attend_on_device,
         view_on_device=triton_view.ListedView,
+        choose_on_device=triton_gumbel.choose_on_device,
     )
 
 

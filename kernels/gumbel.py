@@ -62,8 +62,13 @@ class Winners:
         chosen: list[int] = self.chosen().tolist()
         if -1 in chosen:
             row = chosen.index(-1)
-            raise ValueError(f"row {row} of the scores holds a NaN, or nothing above -inf")
+            raise ValueError(unordered(row))
         return chosen
+
+
+def unordered(row: int) -> str:
+    """What is wrong with a row from which nothing can be chosen."""
+    return f"row {row} of the scores holds a NaN, or nothing above -inf"
 
 
 class GumbelArgmax(Protocol):
@@ -93,6 +98,12 @@ def random_words(
     )
     words = stream.random_raw((num_words + 1) // 2).astype("<u8", copy=False)
     return words.view("<u4")[:num_words]
+
+
+def draw_keys(draws: Sequence[Draw | None]) -> NDArray[np.uint64]:
+    """[num_rows, 5] for a compiled kernel: seed, position, role, step, whether there is a draw."""
+    keys = [(0,) * 5 if d is None else (d.seed, d.position, d.role, d.step, 1) for d in draws]
+    return np.array(keys, dtype=np.uint64).reshape(-1, 5)
 
 
 def uniforms(words: NDArray[np.uint32]) -> NDArray[np.float64]:

@@ -117,8 +117,7 @@ def choose_on_device(scores: torch.Tensor, keys: torch.Tensor, first_entry: int 
 
 def draw_keys(draws: Sequence[Draw | None]) -> torch.Tensor:
     """int64 [num_rows, 5] on the host; the bits of a seed, which may be above 2**63, stay."""
-    keys = [(0,) * 5 if d is None else (d.seed, d.position, d.role, d.step, 1) for d in draws]
-    return torch.from_numpy(np.array(keys, dtype=np.uint64).reshape(-1, 5).view(np.int64))
+    return torch.from_numpy(gumbel.draw_keys(draws).view(np.int64))
 
 
 def gumbel_argmax(

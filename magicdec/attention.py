@@ -45,6 +45,10 @@ class AttentionObserver(Protocol):
         """How many of the forward's it looks at."""
         ...
 
+    def over(self, sequences: Sequence[int], layout: PagedLayout) -> "AttentionObserver":
+        """Of these sequences alone, for a forward that has no others, in this layout."""
+        ...
+
     def observe(
         self,
         layer: int,

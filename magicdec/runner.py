@@ -2,11 +2,10 @@
 
 import time
 
-import numpy as np
 import torch
 
-from magicdec.attention import AttentionContext, PagedAttention, row_positions
-from magicdec.batch import Batch, ScheduledSequence, SequenceResult, StepResult
+from magicdec.attention import AttentionContext
+from magicdec.batch import Batch, SequenceResult, StepResult
 from magicdec.config import EngineConfig
 from magicdec.drafters.base import Drafter
 from magicdec.drafters.build import build_drafters, num_blocks_beside_draft, pool_bytes
@@ -15,7 +14,6 @@ from magicdec.graphs.capture import Capturer
 from magicdec.graphs.draft_graphs import DraftGraphs
 from magicdec.graphs.forward_graphs import ForwardGraphs
 from magicdec.kernels.dispatch import select_backend, select_gumbel_argmax
-from magicdec.kernels.paged_layout import PagedLayout
 from magicdec.kv_cache import PagedKVCache
 from magicdec.model_loader import LoadedModel, load_draft_model, load_model, read_model_facts
 from magicdec.profiling.device_rates import RankDevice, measure_device
@@ -26,7 +24,8 @@ from magicdec.profiling.memory_profile import (
     profile_memory,
     size_pool,
 )
-from magicdec.sampler import Proposal, Sampler, SamplerRow
+from magicdec.sampler import Proposal, Sampler
+from magicdec.target_forward import StepRows, TargetForward
 from magicdec.verification import VerificationRule, verification_rule
 
 
@@ -59,7 +58,7 @@ class ModelRunner:
         )
         self._cache: PagedKVCache | None = None
         self._drafters: dict[str, Drafter] = {}
-        self._graphs: ForwardGraphs | None = None
+        self._target_forward: TargetForward | None = None
 
     @classmethod
     def load(cls, config: EngineConfig) -> "ModelRunner":
@@ -111,9 +110,10 @@ class ModelRunner:
         self._cache = PagedKVCache(
             model.layers, self._config.cache.block_size, 1, model.kv_dtype, model.device
         )
+        self._target_forward = TargetForward(self.forward, self._cache, self._backend, None)
         self._verify(batch, drafts)
         pages = (*self._cache.k, *self._cache.v)
-        self._cache = None
+        self._cache = self._target_forward = None
         return sum(page.nbytes for page in pages)
 
     def allocate_cache(self, num_blocks: int) -> None:
@@ -122,13 +122,15 @@ class ModelRunner:
         self._cache = PagedKVCache(
             model.layers, self._config.cache.block_size, num_blocks, model.kv_dtype, model.device
         )
+        graphs: ForwardGraphs | None = None
         draft_graphs: DraftGraphs | None = None
         # Of a sharded model the ranks' exchanges are launched from the host.
         is_whole = self._config.parallel.tensor_parallel_size == 1
         if is_whole and self._backend.paged_on_device is not None:
             shared = self._cache, self._backend, Capturer(model.device)
-            self._graphs = ForwardGraphs(self.forward, *shared, self._max_model_len)
-            draft_graphs = DraftGraphs(self.forward, model.layers, *shared)
+            graphs = ForwardGraphs(self.forward, *shared, self._max_model_len)
+            draft_graphs = DraftGraphs(self.forward, model.layers, *shared, self._rule.only_scales)
+        self._target_forward = TargetForward(self.forward, self._cache, self._backend, graphs)
         self._drafters = build_drafters(
             self.forward,
             self._rule.propose,
@@ -143,7 +145,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> StepResult:
-        """Runs one step; the batch's decode rows and prefill chunks share the verify forward."""
+        """Runs one step: drafts, then the target's forward over all rows of the batch."""
         started = time.perf_counter()
         self._release(batch.released)
         drafts = self._draft(batch)
@@ -186,21 +188,18 @@ class ModelRunner:
     ) -> tuple[list[tuple[int, ...]], int]:
         """The tokens each sequence emits, none for a chunk that ends before the last token; and
         how many sequences were observed."""
-        layout, token_ids = _pack(batch.sequences, drafts, self._pages.block_size)
-        watched = [drafter.watch(batch.sequences, layout) for drafter in self._each_drafter()]
+        step = StepRows.of(batch.sequences, drafts, self._pages.block_size)
+        watched = [drafter.watch(batch.sequences, step.layout) for drafter in self._each_drafter()]
         observers = [observer for observer in watched if observer is not None]
-        keep, rows = _sampled_rows(batch.sequences, drafts)
-        if self._graphs is not None and not observers and self._graphs.fits(layout):
-            logits = self._graphs.forward(layout, token_ids, keep)
-        else:
-            attention = PagedAttention(self._pages, layout, self._backend, observers)
-            logits = self.forward(token_ids, row_positions(layout), attention, keep)
-        sampled = [
-            d for d, s in zip(drafts, batch.sequences, strict=True) if s.sampling is not None
-        ]
-        emitted = iter(self._rule.verify(logits, rows, sampled) if rows else [])
-        num_observed = sum(observer.num_sequences for observer in observers)
-        return [() if s.sampling is None else next(emitted) for s in batch.sequences], num_observed
+        assert self._target_forward is not None, "allocate_cache comes before the first step"
+        logits = self._target_forward(step, observers)
+        emitted: list[tuple[int, ...]] = [() for _ in batch.sequences]
+        sampled = step.sampled()
+        if sampled:
+            chosen = self._rule.verify(logits, step.choices(), [drafts[i] for i in sampled])
+            for i, tokens in zip(sampled, chosen, strict=True):
+                emitted[i] = tokens
+        return emitted, sum(observer.num_sequences for observer in observers)
 
     def forward(
         self,
@@ -211,37 +210,3 @@ class ModelRunner:
     ) -> torch.Tensor:
         """Logits [num_kept, this rank's share of the vocabulary] of one packed forward."""
         return self._model.forward(token_ids, positions, attention, keep)
-
-
-def _pack(
-    sequences: tuple[ScheduledSequence, ...], drafts: list[tuple[Proposal, ...]], block_size: int
-) -> tuple[PagedLayout, torch.Tensor]:
-    """The step's rows back to back: each sequence's tokens, then its draft."""
-    layout = PagedLayout(
-        query_lens=tuple(len(s.token_ids) + len(d) for s, d in zip(sequences, drafts, strict=True)),
-        context_lens=tuple(s.num_computed_tokens for s in sequences),
-        block_tables=tuple(s.block_table for s in sequences),
-        block_size=block_size,
-    )
-    pieces = [
-        np.concatenate([s.token_ids, np.array([p.token_id for p in d], dtype=np.int64)])
-        for s, d in zip(sequences, drafts, strict=True)
-    ]
-    return layout, torch.from_numpy(np.concatenate(pieces))
-
-
-def _sampled_rows(
-    sequences: tuple[ScheduledSequence, ...], drafts: list[tuple[Proposal, ...]]
-) -> tuple[torch.Tensor, list[SamplerRow]]:
-    """Packed indices of the rows to sample from, and what to choose there."""
-    keep: list[int] = []
-    rows: list[SamplerRow] = []
-    start = 0
-    for sequence, draft in zip(sequences, drafts, strict=True):
-        stop = start + len(sequence.token_ids) + len(draft)
-        if sequence.sampling is not None:
-            keep.extend(range(stop - len(draft) - 1, stop))
-            drafted = tuple(p.token_id for p in draft)
-            rows.extend(SamplerRow.after(sequence, drafted[:i]) for i in range(len(draft) + 1))
-        start = stop
-    return torch.tensor(keep, dtype=torch.long), rows

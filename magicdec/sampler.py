@@ -83,9 +83,7 @@ class Sampler:
         Raises ValueError for a row that holds a NaN, on every rank.
         """
         vocabulary = vocabulary or Vocabulary.whole(logits.shape[1])
-        draws = [
-            None if row.sampling.temperature == 0.0 else _draw(row, Role.SHARED) for row in rows
-        ]
+        draws = [shared_draw(row) for row in rows]
         if not all(self._is_plain_argmax(row) for row in rows):
             logits = self.process_rows(logits.float(), rows, vocabulary)
         winners = self._gumbel_argmax(logits, draws, vocabulary.start)
@@ -132,6 +130,12 @@ class Sampler:
                 own[[i - vocabulary.start for i in banned if i in vocabulary]] = -math.inf
         return scores
 
+    def only_scales(self, row: SamplerRow) -> bool:
+        """Whether score over temperature, and noise, choose this token and the row's later ones."""
+        sampling = row.sampling
+        keeps_all = sampling.top_k <= 0 and sampling.top_p >= 1.0 and sampling.min_p <= 0.0
+        return self._keeps_logits(row) and (sampling.temperature == 0.0 or keeps_all)
+
     def _is_plain_argmax(self, row: SamplerRow) -> bool:
         return row.sampling.temperature == 0.0 and self._keeps_logits(row)
 
@@ -153,6 +157,27 @@ class Sampler:
         return float(uniforms(_draw(row, role).words(1))[0])
 
 
+def scaled_scores(
+    scores: torch.Tensor,  # fp32 [num_rows, this rank's share]
+    greatest: torch.Tensor,  # fp32 [num_rows], of all ranks
+    temperatures: torch.Tensor,  # [num_rows]
+) -> torch.Tensor:
+    """Each row's distance to its greatest score over its temperature; at 0 the row as it is.
+
+    All are on one device, and nothing is read on the host: it may be part of a graph.
+    """
+    is_greedy = temperatures <= 0.0
+    # Dividing large scores would round their differences away.
+    shift = greatest.masked_fill(is_greedy, 0.0)
+    scale = temperatures.to(scores.dtype).masked_fill(is_greedy, 1.0)
+    return (scores - shift[:, None]).div_(scale[:, None])
+
+
+def shared_draw(row: SamplerRow) -> Draw | None:
+    """The noise that draft and target share at the row's position; None: greedy."""
+    return None if row.sampling.temperature == 0.0 else _draw(row, Role.SHARED)
+
+
 def _draw(row: SamplerRow, role: Role) -> Draw:
     """Proposals alone come from a new stream each round: a position may be drafted again after a
     rejection, by a drafter that has seen what its first draft there led to. Every other role
@@ -166,11 +191,9 @@ def _scaled(scores: torch.Tensor, rows: list[SamplerRow], vocabulary: Vocabulary
     temperatures = [row.sampling.temperature for row in rows]
     if not any(temperatures):
         return scores
-    scale = torch.tensor(temperatures, dtype=scores.dtype).to(scores.device)
-    is_random = scale > 0.0
-    # Dividing large scores would round their differences away.
-    shift = torch.where(is_random, vocabulary.greatest(scores.amax(dim=1)), 0.0)
-    return (scores - shift[:, None]).div_(torch.where(is_random, scale, 1.0)[:, None])
+    greatest = vocabulary.greatest(scores.amax(dim=1))
+    divisors = torch.tensor(temperatures, dtype=scores.dtype).to(scores.device)
+    return scaled_scores(scores, greatest, divisors)
 
 
 def _penalize(scores: torch.Tensor, row: SamplerRow, vocabulary: Vocabulary) -> None:

@@ -8,7 +8,7 @@ tokens that came after it join the recent window until the next one.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -168,6 +168,16 @@ class SelectionObserver:
     def num_sequences(self) -> int:
         """See AttentionObserver."""
         return len(self._observations)
+
+    def over(self, sequences: Sequence[int], layout: PagedLayout) -> "SelectionObserver":
+        """See AttentionObserver."""
+        places = {index: place for place, index in enumerate(sequences)}
+        observations = [
+            replace(observation, index=places[observation.index])
+            for observation in self._observations
+            if observation.index in places
+        ]
+        return SelectionObserver(observations, layout, self._config, self._backend)
 
     def observe(
         self,

@@ -28,6 +28,11 @@ class VerificationRule(Protocol):
         rank's share of them where the rule was made for that, as in `verify`."""
         ...
 
+    def only_scales(self, rows: list[SamplerRow]) -> bool:
+        """Whether propose() would choose, of each row and of its draft's later ones, by logits over
+        temperature and the shared noise alone: then a graph may choose in its place."""
+        ...
+
     def verify(
         self,
         logits: torch.Tensor,  # [num_rows, vocab_size] of the target
@@ -52,6 +57,10 @@ class SharedNoise:
         """See VerificationRule.propose. The law is not kept: equality needs none."""
         chosen = self._sampler.sample(logits, rows, self._vocabulary)
         return [Proposal(token_id) for token_id in chosen]
+
+    def only_scales(self, rows: list[SamplerRow]) -> bool:
+        """See VerificationRule.only_scales."""
+        return all(self._sampler.only_scales(row) for row in rows)
 
     def verify(
         self, logits: torch.Tensor, rows: list[SamplerRow], drafts: list[tuple[Proposal, ...]]
@@ -92,6 +101,11 @@ class OptimalCoupling:
             return Proposal(self._sampler.sample(logits, [row])[0])
         scores = self._sampler.process(logits[0].float().cpu(), row)
         return Proposal(self._sampler.choose(scores.numpy(), row, Role.PROPOSE), scores)
+
+    def only_scales(self, rows: list[SamplerRow]) -> bool:
+        """See VerificationRule.only_scales. A sampled draft's law must come to the host."""
+        is_greedy = all(row.sampling.temperature == 0.0 for row in rows)
+        return is_greedy and all(self._sampler.only_scales(row) for row in rows)
 
     def verify(
         self, logits: torch.Tensor, rows: list[SamplerRow], drafts: list[tuple[Proposal, ...]]

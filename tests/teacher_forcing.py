@@ -85,6 +85,9 @@ class TeacherForced:
     def propose(self, logits: torch.Tensor, rows: list[SamplerRow]) -> list[Proposal]:
         raise AssertionError("the stream itself is the draft")
 
+    def only_scales(self, rows: list[SamplerRow]) -> bool:
+        raise AssertionError("the stream itself is the draft")
+
     def verify(
         self, logits: torch.Tensor, rows: list[SamplerRow], drafts: list[tuple[Proposal, ...]]
     ) -> list[tuple[int, ...]]:

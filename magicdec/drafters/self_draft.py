@@ -12,7 +12,7 @@ from magicdec.batch import ScheduledSequence
 from magicdec.config import SelectionConfig
 from magicdec.draft_attention import DraftAttention
 from magicdec.drafters.base import Forward, Propose
-from magicdec.graphs.draft_graphs import DraftGraphs
+from magicdec.graphs.draft_graphs import DraftGraphs, DraftRound
 from magicdec.kernels.dispatch import AttentionBackend
 from magicdec.kernels.paged_layout import PagedLayout
 from magicdec.kv_cache import PagedKVCache
@@ -90,10 +90,13 @@ class SelfDrafter:
             [s.draft.draft_budget for s in sequences if s.draft is not None],
             [self._selection(s) for s in sequences],
         )
-        forward: Forward = self._forward
-        if self._graphs is not None:
-            forward = self._graphs.begin(attention, len(sequences), num_steps) or forward
-        return draft_steps(sequences, attention, forward, self._propose)
+        if self._graphs is None:
+            return draft_steps(sequences, attention, self._forward, self._propose)
+        first_rows = [SamplerRow.after(s, ()) for s in sequences]
+        replayed = self._graphs.begin(attention, first_rows, num_steps)
+        if replayed is not None and replayed.chooses:
+            return replay_steps(sequences, first_rows, replayed)
+        return draft_steps(sequences, attention, replayed or self._forward, self._propose)
 
     def watch(
         self, sequences: tuple[ScheduledSequence, ...], layout: PagedLayout
@@ -194,3 +197,20 @@ def draft_steps(
         drafts = [(*d, proposal) for d, proposal in zip(drafts, chosen, strict=True)]
         token_ids = torch.tensor([proposal.token_id for proposal in chosen])
     return [d[: s.draft_length] for d, s in zip(drafts, sequences, strict=True)]
+
+
+def replay_steps(
+    sequences: list[ScheduledSequence], first_rows: list[SamplerRow], replayed: DraftRound
+) -> list[tuple[Proposal, ...]]:
+    """draft_steps() without the host between the steps: the same tokens."""
+    steps = replayed.draft(
+        token_ids=[int(s.token_ids[0]) for s in sequences],
+        positions=[s.num_computed_tokens for s in sequences],
+        last=[s.num_computed_tokens + s.draft_length for s in sequences],
+        rows=first_rows,
+    )
+    drafts = zip(*steps, strict=True)
+    return [
+        tuple(Proposal(token_id) for token_id in draft[: s.draft_length])
+        for s, draft in zip(sequences, drafts, strict=True)
+    ]

@@ -22,6 +22,12 @@ class KeptForward(Protocol):
     ) -> torch.Tensor: ...
 
 
+class Graph(Protocol):
+    """A captured step."""
+
+    def replay(self) -> None: ...
+
+
 class Capturer:
     """Of one GPU; graphs share the memory that they need between their inputs and outputs, so each
     one's output must be read before another is replayed."""
@@ -30,9 +36,11 @@ class Capturer:
         self._device = device
         self._pool: Any = None
 
-    def capture(
-        self, step: Callable[[], torch.Tensor]
-    ) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    def staging(self, num_words: int, dtype: torch.dtype) -> torch.Tensor:
+        """Zeros on the host, from which a copy to the device waits for nothing: [num_words]."""
+        return torch.zeros(num_words, dtype=dtype).pin_memory()
+
+    def capture(self, step: Callable[[], torch.Tensor]) -> tuple[Graph, torch.Tensor]:
         """The graph and its output. Whoever replays it keeps `step` alive, and what that reads."""
         side = torch.cuda.Stream(self._device)
         side.wait_stream(torch.cuda.current_stream(self._device))

@@ -3,23 +3,29 @@
     bucket    sequences of a graph, a power of two; one that is not there computes for nobody
     column    0 ........ width-1 | width .. width+MAX_STEPS-1
     holds     the view's slots   | the round's own tokens, a column a step
+    replay    forward -> scores over temperature -> argmax with noise -> the next step's inputs
 
-A round copies its views' slots and masks to where the graph reads them; a step copies its tokens.
+A round copies its views' slots and masks to where the graph reads them, then its rows once: a step
+chooses its own token and leaves it where the next one reads. Where choosing takes more than that
+(draft_inputs.py) the host takes the logits, and copies its own choice there before the next step.
 The mask is that of the last step: a step sees its own tokens up to its own column.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from magicdec.attention import AttentionContext
 from magicdec.draft_attention import DraftAttention, LayerColumns
-from magicdec.graphs.capture import Capturer, KeptForward
-from magicdec.kernels.dispatch import AttentionBackend
+from magicdec.graphs.capture import Capturer, Graph, KeptForward
+from magicdec.graphs.draft_inputs import DraftInputs
+from magicdec.kernels.dispatch import AttentionBackend, ChooseOnDevice
+from magicdec.kernels.gumbel import unordered
 from magicdec.kernels.sparse_attention import DeviceView
 from magicdec.kv_cache import LayerSpec, PagedKVCache
+from magicdec.sampler import SamplerRow, scaled_scores
 
 logger = logging.getLogger(__name__)
 
@@ -86,45 +92,81 @@ class _GraphViews:
 
 @dataclass(frozen=True, slots=True)
 class StaticDraftStep:
-    """A draft step that reads fixed places: what a graph captures."""
+    """A draft step that reads and writes fixed places: what a graph captures."""
 
     forward: KeptForward
-    inputs: torch.Tensor  # int32 [2 * bucket + 1]: token ids, positions, the step
+    choose: ChooseOnDevice
+    inputs: DraftInputs
     views: _GraphViews
+    drafted: torch.Tensor  # int64 [MAX_STEPS, bucket]
 
     def __call__(self) -> torch.Tensor:
-        """Logits [bucket, vocab_size]."""
-        bucket = len(self.inputs) // 2
-        return self.forward(self.inputs[:bucket], self.inputs[bucket:-1], self.views)
+        """Logits [bucket, vocab_size]; the inputs are the next step's then."""
+        inputs = self.inputs
+        logits = self.forward(inputs.token_ids, inputs.positions, self.views)
+        scores = logits.float()
+        scores = scaled_scores(scores, scores.amax(dim=1), inputs.temperatures)
+        chosen = self.choose(scores, inputs.keys).chosen()
+        self.drafted.index_copy_(0, inputs.step.long(), chosen[None])
+        inputs.advance(chosen)
+        return logits
+
+    @property
+    def static(self) -> list[torch.Tensor]:
+        """All that a replay finds again, beside weights and pages."""
+        return [self.inputs.words, self.drafted, *self.views.static]
 
 
 @dataclass(frozen=True, slots=True)
 class _Captured:
-    graph: torch.cuda.CUDAGraph
+    graph: Graph
     step: StaticDraftStep
-    staging: torch.Tensor  # of its inputs, in pinned memory
+    staging: DraftInputs  # on the host
     logits: torch.Tensor
 
 
 class DraftRound:
-    """The forward of one round's draft steps, called in their order."""
+    """One round's draft steps: all at once, or called one by one with tokens from the host."""
 
-    def __init__(self, captured: _Captured) -> None:
+    def __init__(self, captured: _Captured, num_steps: int, chooses: bool) -> None:
         self._captured = captured
+        self._num_steps = num_steps
         self._step = 0
+        self.chooses = chooses  # whether draft() may take the round's rows
+
+    def draft(
+        self,
+        token_ids: list[int],  # a row's last token
+        positions: list[int],
+        last: list[int],  # where a row whose own draft is done stays
+        rows: list[SamplerRow],  # the choices of the first step
+    ) -> list[list[int]]:
+        """One token a step and row: [num_steps][batch]. The host waits once, for all of them.
+
+        Raises ValueError for scores that hold a NaN.
+        """
+        captured, batch = self._captured, len(rows)
+        captured.staging.write(token_ids, positions, last, rows)
+        captured.step.inputs.words.copy_(captured.staging.words, non_blocking=True)
+        for _ in range(self._num_steps):
+            captured.graph.replay()
+        steps: list[list[int]] = captured.step.drafted[: self._num_steps].tolist()
+        drafted = [chosen[:batch] for chosen in steps]
+        for chosen in drafted:
+            if min(chosen) < 0:
+                raise ValueError(unordered(chosen.index(-1)))
+        return drafted
 
     def __call__(
         self, token_ids: torch.Tensor, positions: torch.Tensor, attention: AttentionContext
     ) -> torch.Tensor:
-        staging, batch = self._captured.staging, len(token_ids)
-        bucket = len(staging) // 2
-        staging[:batch] = token_ids
-        staging[bucket : bucket + batch] = positions
-        staging[-1] = self._step
+        """The next step's logits [batch, vocab_size]."""
+        captured, batch = self._captured, len(token_ids)
+        captured.staging.write_step(self._step, token_ids, positions)
         self._step += 1
-        self._captured.step.inputs.copy_(staging, non_blocking=True)
-        self._captured.graph.replay()
-        return self._captured.logits[:batch].clone()
+        captured.step.inputs.words.copy_(captured.staging.words, non_blocking=True)
+        captured.graph.replay()
+        return captured.logits[:batch].clone()
 
 
 class DraftGraphs:
@@ -137,38 +179,47 @@ class DraftGraphs:
         cache: PagedKVCache,
         backend: AttentionBackend,
         capturer: Capturer,
+        may_choose: Callable[[list[SamplerRow]], bool],  # see VerificationRule.only_scales
     ) -> None:
         self._forward = forward
         self._has_windows = any(spec.sliding_window is not None for spec in layers)
         self._cache = cache
         self._backend = backend
         self._capturer = capturer
+        self._may_choose = may_choose
         self._captured: dict[tuple[int, int], _Captured] = {}
 
-    def begin(self, attention: DraftAttention, batch: int, num_steps: int) -> DraftRound | None:
-        """What runs the steps of a round; None: not by graphs."""
+    def begin(
+        self, attention: DraftAttention, rows: list[SamplerRow], num_steps: int
+    ) -> DraftRound | None:
+        """What runs the steps of a round; None: not by graphs. `rows` are its first choices."""
         if self._has_windows or num_steps > MAX_STEPS:
             return None
         attention.begin_step(num_steps - 1)
         columns = attention.columns()
         listed = max(alike.slots.shape[3] for alike in columns)
-        shape = 1 << (batch - 1).bit_length(), max(-(-listed // _WIDTH), 1) * _WIDTH
+        width = max(-(-listed // _WIDTH), 1) * _WIDTH
+        shape = 1 << (len(rows) - 1).bit_length(), width
         if shape not in self._captured:
             self._captured[shape] = self._capture(*shape)
         self._captured[shape].step.views.load(columns)
-        return DraftRound(self._captured[shape])
+        return DraftRound(self._captured[shape], num_steps, self._may_choose(rows))
 
     def static_step(self, bucket: int, width: int) -> StaticDraftStep:
+        choose = self._backend.choose_on_device
+        assert choose is not None, f"{self._backend.name} chooses on the host"
         device = self._cache.k[0].device
-        inputs = torch.zeros(2 * bucket + 1, dtype=torch.int32, device=device)
-        views = _GraphViews(self._cache, self._backend, bucket, width, inputs[-1:])
-        return StaticDraftStep(self._forward, inputs, views)
+        size = DraftInputs.num_words(bucket)
+        inputs = DraftInputs(torch.zeros(size, dtype=torch.int64, device=device))
+        views = _GraphViews(self._cache, self._backend, bucket, width, inputs.step)
+        drafted = torch.zeros(MAX_STEPS, bucket, dtype=torch.int64, device=device)
+        return StaticDraftStep(self._forward, choose, inputs, views, drafted)
 
     def _capture(self, bucket: int, width: int) -> _Captured:
         step = self.static_step(bucket, width)
         graph, logits = self._capturer.capture(step)
         logger.info("captured a draft step of %d rows over %d columns", bucket, width)
-        staging = torch.zeros(len(step.inputs), dtype=torch.int32).pin_memory()
+        staging = DraftInputs(self._capturer.staging(len(step.inputs.words), torch.int64))
         return _Captured(graph, step, staging, logits)
 
 

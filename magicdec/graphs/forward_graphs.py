@@ -5,17 +5,20 @@
     row       | sequence 0: tier rows | sequence 1: tier rows | ...
 
 A shorter draft leaves its last rows out: what they compute is never looked at, and nothing of
-theirs is written to the pages. A graph is captured when a step first needs it.
+theirs is written to the pages. A graph is captured when a step first needs it. It keeps every
+layer's queries, so that observers see the attention of a replayed forward, after it.
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from magicdec.graphs.capture import Capturer, KeptForward
+from magicdec.attention import AttentionObserver
+from magicdec.graphs.capture import Capturer, Graph, KeptForward
 from magicdec.kernels.dispatch import AttentionBackend
 from magicdec.kernels.paged_layout import DeviceLayout, PagedLayout
 from magicdec.kv_cache import PagedKVCache
@@ -23,6 +26,7 @@ from magicdec.kv_cache import PagedKVCache
 logger = logging.getLogger(__name__)
 
 TIERS = (1, 2, 3, 5, 7, 9)
+MOST_ROWS = max(TIERS)
 _NO_SLOT = -1  # of a row that is not there
 
 
@@ -74,6 +78,16 @@ def _packed_rows(layout: PagedLayout) -> tuple[NDArray[np.int64], NDArray[np.int
     return sequences, np.arange(len(sequences)) - starts[sequences]
 
 
+@dataclass(frozen=True, slots=True)
+class _Attended:
+    """What a layer asked for; the query is where each replay leaves it."""
+
+    query: torch.Tensor  # [num_query_heads, num_rows, head_dim]
+    scaling: float
+    sliding_window: int | None
+    softcap: float | None
+
+
 class GraphAttention:
     """An attention context that reads a step's layout on the device alone."""
 
@@ -89,6 +103,7 @@ class GraphAttention:
         self._store, self._paged = backend.store, backend.paged_on_device
         self.layout = layout
         self._slots = slots
+        self._attended: dict[int, _Attended] = {}
 
     def attend(
         self,
@@ -103,8 +118,25 @@ class GraphAttention:
     ) -> torch.Tensor:
         """See AttentionContext."""
         k_cache, v_cache = self._cache.k[layer], self._cache.v[layer]
+        self._attended[layer] = _Attended(query, scaling, sliding_window, softcap)
         self._store(k_cache, v_cache, key, value, self._slots)
         return self._paged(query, k_cache, v_cache, self.layout, scaling, sliding_window, softcap)
+
+    def show(self, observers: Sequence[AttentionObserver], rows: torch.Tensor) -> None:
+        """The last forward's attention, of the `rows` that the observers know, in their order.
+
+        As good as while it ran: nothing has written to the pages since."""
+        for layer, attended in self._attended.items():
+            query = attended.query.index_select(1, rows)
+            for observer in observers:
+                observer.observe(
+                    layer,
+                    query,
+                    self._cache.k[layer],
+                    scaling=attended.scaling,
+                    sliding_window=attended.sliding_window,
+                    softcap=attended.softcap,
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +144,8 @@ class StaticForward:
     """A forward that reads one buffer: what a graph captures."""
 
     forward: KeptForward
-    token_ids: torch.Tensor  # [num_rows], of the buffer, as the rest
+    buffer: torch.Tensor  # int32, see Shape.sizes
+    token_ids: torch.Tensor  # [num_rows], of the buffer
     positions: torch.Tensor
     attention: GraphAttention
     all_rows: torch.Tensor
@@ -120,6 +153,12 @@ class StaticForward:
     def __call__(self) -> torch.Tensor:
         """Logits [num_rows, vocab_size]."""
         return self.forward(self.token_ids, self.positions, self.attention, self.all_rows)
+
+    @property
+    def static(self) -> list[torch.Tensor]:
+        """All that a replay finds again, beside weights and pages."""
+        layout = self.attention.layout
+        return [self.buffer, self.all_rows, layout.row_starts, layout.short_rows]
 
 
 def static_forward(
@@ -147,20 +186,19 @@ def static_forward(
         block_size=cache.block_size,
     )
     attention = GraphAttention(cache, backend, layout, slots)
-    return StaticForward(forward, token_ids, positions, attention, rows.long())
+    return StaticForward(forward, buffer, token_ids, positions, attention, rows.long())
 
 
 @dataclass(frozen=True, slots=True)
 class _Captured:
-    graph: torch.cuda.CUDAGraph
-    step: StaticForward  # holds what the graph reads beside its buffer
-    staging: torch.Tensor  # in pinned memory, then copied to
-    buffer: torch.Tensor
+    graph: Graph
+    step: StaticForward  # holds what the graph reads
+    staging: torch.Tensor  # in pinned memory, then copied to the step's buffer
     logits: torch.Tensor  # [num_rows, vocab_size]
 
 
 class ForwardGraphs:
-    """Of one model on one GPU, for steps whose sequences all have few rows."""
+    """Of one model on one GPU, for sequences of at most MOST_ROWS rows."""
 
     def __init__(
         self,
@@ -175,18 +213,16 @@ class ForwardGraphs:
         self._backend = backend
         self._capturer = capturer
         self._device = cache.k[0].device
-        blocks = -(-(max_model_len + max(TIERS)) // cache.block_size)
+        blocks = -(-(max_model_len + MOST_ROWS) // cache.block_size)
         self._num_columns = min(blocks, cache.num_blocks)
         self._captured: dict[Shape, _Captured] = {}
-
-    def fits(self, layout: PagedLayout) -> bool:
-        return max(layout.query_lens) <= max(TIERS)
 
     def forward(
         self,
         layout: PagedLayout,
         token_ids: torch.Tensor,  # [num_rows], on the host
         keep: torch.Tensor,  # [num_kept], on the host
+        observers: Sequence[AttentionObserver] = (),
     ) -> torch.Tensor:
         """Logits [num_kept, vocab_size]; the rows' K/V are in the pages then."""
         tier = next(tier for tier in TIERS if tier >= max(layout.query_lens))
@@ -196,18 +232,21 @@ class ForwardGraphs:
             self._captured[shape] = self._capture(shape)
         captured = self._captured[shape]
         shape.write(captured.staging.numpy(), layout, token_ids.numpy())
-        captured.buffer.copy_(captured.staging, non_blocking=True)
+        captured.step.buffer.copy_(captured.staging, non_blocking=True)
         captured.graph.replay()
+        if observers:
+            rows = torch.from_numpy(shape.rows(layout)).to(self._device)
+            captured.step.attention.show(observers, rows)
         if len(keep) == shape.num_rows:  # nothing to send, and nothing to wait for
             return captured.logits.clone()
         kept = torch.from_numpy(shape.rows(layout)[keep.numpy()])
         return captured.logits.index_select(0, kept.to(self._device))
 
     def _capture(self, shape: Shape) -> _Captured:
-        staging = torch.zeros(sum(shape.sizes), dtype=torch.int32).pin_memory()
+        staging = self._capturer.staging(sum(shape.sizes), torch.int32)
         staging.split_with_sizes(shape.sizes)[2].fill_(_NO_SLOT)
         buffer = staging.to(self._device)
         step = static_forward(self._forward, self._cache, self._backend, shape, buffer)
         graph, logits = self._capturer.capture(step)
         logger.info("captured a forward of %d x %d rows", shape.bucket, shape.tier)
-        return _Captured(graph, step, staging, buffer, logits)
+        return _Captured(graph, step, staging, logits)

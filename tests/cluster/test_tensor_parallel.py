@@ -11,7 +11,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from magicdec.cluster.preflight import preflight
-from magicdec.checkpoint import parameters_on_meta
 from magicdec.cluster.tensor_parallel import ShardError, slice_bounds
 from magicdec.sampler import Sampler
 from tests.cluster.rank_process import rows_of_every_kind, sample_ids, wide_logits

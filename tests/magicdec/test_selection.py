@@ -125,6 +125,41 @@ def test_a_view_holds_sink_recent_window_and_the_heaviest_keys_within_its_budget
                 check_view(slots, layout, i, mass[head], context_len, num_keys, config, growth)
 
 
+def test_an_observer_of_a_part_of_a_step_chooses_as_in_the_whole() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tables = tuple(torch.randperm(12, generator=generator).view(3, 4).numpy())
+    whole = PagedLayout((2, 40, 3), (30, 0, 50), tables, 16)
+    query = torch.randn(4, 45, 8, generator=generator)
+    pages = torch.randn(2, 12 * 16, 8, generator=generator)
+    config = SelectionConfig(num_sink_tokens=2, num_recent_tokens=4)
+    limits: dict[str, Any] = {"scaling": 0.4, "sliding_window": None, "softcap": None}
+
+    def observer() -> tuple[SelectionObserver, list[Selection]]:
+        selections = [Selection(40), Selection(53)]
+        observations = [
+            Observation(i, num_rows, 20, 1, 1, 1.0, selection)
+            for i, num_rows, selection in zip((1, 2), (32, 3), selections, strict=True)
+        ]
+        return SelectionObserver(observations, whole, config, REFERENCE), selections
+
+    seen, expected = observer()
+    seen.observe(0, query, pages, **limits)
+    apart, selections = observer()
+    for part, rows in (((1,), slice(2, 42)), ((0, 2), [0, 1, 42, 43, 44])):
+        layout = PagedLayout(
+            tuple(whole.query_lens[i] for i in part),
+            tuple(whole.context_lens[i] for i in part),
+            tuple(tables[i] for i in part),
+            16,
+        )
+        one = apart.over(part, layout)
+        assert one.num_sequences == 1
+        one.observe(0, query[:, rows], pages, **limits)
+    for found, wanted in zip(selections, expected, strict=True):
+        assert torch.equal(found.positions[0], wanted.positions[0])
+    assert apart.over((0,), whole).num_sequences == 0
+
+
 def columns_of(attention: DraftAttention, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A layer's slots, [num_kv_heads, batch, num_listed], and which columns its rows see."""
     (alike,) = [columns for columns in attention.columns() if layer in columns.layers]

@@ -47,6 +47,8 @@ COLUMNS = {
     "verify of 5 rows": "verify_ms",
     "over plain": "verify_over_plain",
     "views of a round": "views_ms",
+    "plain and a chunk, packed": "packed_ms",
+    "chunk launched beside": "mixed_ms",
 }
 
 

@@ -8,21 +8,28 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+from numpy.typing import NDArray
 
 from magicdec.attention import PagedAttention, row_positions
+from magicdec.batch import ScheduledSequence
 from magicdec.config import SelectionConfig
 from magicdec.draft_attention import DraftAttention
 from magicdec.graphs.capture import Capturer
-from magicdec.graphs.draft_graphs import DraftGraphs
+from magicdec.graphs.draft_graphs import DraftGraphs, DraftRound
 from magicdec.graphs.forward_graphs import ForwardGraphs
 from magicdec.kernels.dispatch import select_backend
 from magicdec.kernels.paged_layout import PagedLayout
 from magicdec.kv_cache import PagedKVCache
 from magicdec.model_loader import LoadedModel
+from magicdec.sampler import SamplerRow
+from magicdec.target_forward import StepRows, TargetForward
+from magicdec.types import SamplingParams
 
 _WARM_UPS = 2
 _READ_BLOCK = 4096
 _READ_CHUNK = 1 << 16
+_CHUNK_ROWS = 512  # of a prompt, beside plain rows
+_GREEDY = SamplingParams(temperature=0.0)
 
 
 @triton.jit
@@ -101,15 +108,18 @@ class Steps:
         blocks = -(-(context + draft_length + 1) // block_size)
         order = np.random.default_rng(0).permutation(batch * blocks)
         self._tables = tuple(np.split(order, batch))
+        chunk_blocks = -(-_CHUNK_ROWS // block_size)
+        self._chunk_table = batch * blocks + np.arange(chunk_blocks)
+        num_blocks = batch * blocks + chunk_blocks
         self._cache = PagedKVCache(
-            model.layers, block_size, batch * blocks, model.kv_dtype, model.device
+            model.layers, block_size, num_blocks, model.kv_dtype, model.device
         )
         self._forwards: ForwardGraphs | None = None
         self._drafts: DraftGraphs | None = None
         if self._backend.paged_on_device is not None:
             shared = self._cache, self._backend, Capturer(model.device)
             self._forwards = ForwardGraphs(model.forward, *shared, context)
-            self._drafts = DraftGraphs(model.forward, model.layers, *shared)
+            self._drafts = DraftGraphs(model.forward, model.layers, *shared, lambda rows: True)
 
     def floor_bytes(self, num_keys: int) -> int:
         """Weights once, and so many keys and values of each sequence. Of the embedding a step
@@ -127,7 +137,8 @@ class Steps:
     def measure(self, num_rounds: int) -> dict[str, list[float]]:
         """Seconds of each kind of step, round by round."""
         times: dict[str, list[float]] = {
-            kind: [] for kind in ("plain_eager", "plain", "views", "draft", "verify")
+            kind: []
+            for kind in ("plain_eager", "plain", "views", "draft", "verify", "packed", "mixed")
         }
         for number in range(num_rounds + _WARM_UPS):
             found = self._round()
@@ -144,6 +155,9 @@ class Steps:
         verify = self._replayed if self._forwards is not None else self._eager
         found["verify"] = _timed(lambda: verify(self._draft_length + 1), device)
         found["views"], found["draft"] = self._drafting()
+        found["packed"] = _timed(lambda: self._beside_a_chunk(None), device)
+        if self._forwards is not None:
+            found["mixed"] = _timed(lambda: self._beside_a_chunk(self._forwards), device)
         return found
 
     def _layout(self, num_rows: int) -> PagedLayout:
@@ -165,7 +179,7 @@ class Steps:
         return _greedy(self._forwards.forward(self._layout(num_rows), token_ids, keep))
 
     def _drafting(self) -> tuple[float, float]:
-        """Of a round's views, and of one of its steps."""
+        """Of a round's views, and of one of its steps: a share of all of them."""
         started = time.perf_counter()
         attention = DraftAttention(
             self._cache,
@@ -176,21 +190,49 @@ class Steps:
             [self._draft_budget] * self._batch,
             [None] * self._batch,
         )
-        forward = None
+        rows = [SamplerRow(_GREEDY, self._context + 1, None, 1)] * self._batch
+        replayed = None
         if self._drafts is not None:
-            forward = self._drafts.begin(attention, self._batch, self._draft_length)
+            replayed = self._drafts.begin(attention, rows, self._draft_length)
         if self._model.device.type == "cuda":
             torch.cuda.synchronize(self._model.device)
         viewed = time.perf_counter() - started
+        started = time.perf_counter()
+        if replayed is None:
+            self._draft_eagerly(attention)
+        else:
+            self._draft_by_replays(rows, replayed)
+        return viewed, (time.perf_counter() - started) / self._draft_length
+
+    def _draft_eagerly(self, attention: DraftAttention) -> None:
         token_ids = torch.zeros(self._batch, dtype=torch.long)
-        steps = []
         for number in range(self._draft_length):
-            started = time.perf_counter()
             positions = attention.begin_step(number)
-            logits = (forward or self._model.forward)(token_ids, positions, attention)
+            logits = self._model.forward(token_ids, positions, attention)
             token_ids = torch.tensor(_greedy(logits))
-            steps.append(time.perf_counter() - started)
-        return viewed, float(np.median(steps))
+
+    def _draft_by_replays(self, rows: list[SamplerRow], replayed: DraftRound) -> None:
+        replayed.draft(
+            token_ids=[0] * self._batch,
+            positions=[self._context] * self._batch,
+            last=[self._context + self._draft_length] * self._batch,
+            rows=rows,
+        )
+
+    def _beside_a_chunk(self, graphs: ForwardGraphs | None) -> list[int]:
+        """Plain rows and a prompt's first chunk, in one forward or, with graphs, in two."""
+        plain = [self._sequence(table, 1, self._context, _GREEDY) for table in self._tables]
+        chunk = self._sequence(self._chunk_table, _CHUNK_ROWS, 0, None)
+        drafts: list[tuple[()]] = [()] * (len(plain) + 1)
+        step = StepRows.of([*plain, chunk], drafts, self._cache.block_size)
+        forward = TargetForward(self._model.forward, self._cache, self._backend, graphs)
+        return _greedy(forward(step, ()))
+
+    def _sequence(
+        self, table: NDArray[np.int64], num_rows: int, start: int, sampling: SamplingParams | None
+    ) -> ScheduledSequence:
+        ids = np.zeros(num_rows, dtype=np.int64)
+        return ScheduledSequence(0, ids, start, table, sampling, 1, None, None)
 
 
 def _greedy(logits: torch.Tensor) -> list[int]:

@@ -14,7 +14,9 @@ from magicdec.graphs.draft_graphs import MAX_STEPS, DraftGraphs
 from magicdec.kernels.dispatch import triton_backend
 from magicdec.kv_cache import PagedKVCache
 from magicdec.model_loader import LoadedModel, describe_model
+from magicdec.sampler import SamplerRow
 from magicdec.sparse_kv import Selection
+from magicdec.types import SamplingParams
 from tests.conftest import FAMILIES
 from tests.kernels.layouts import make_layout
 from tests.magicdec.graphs.captured_region import CapturedRegion, tensors_of
@@ -48,13 +50,17 @@ def made_up(model: LoadedModel) -> tuple[PagedKVCache, DraftAttention]:
     return cache, attention
 
 
+def graphs_of(model: LoadedModel, cache: PagedKVCache) -> DraftGraphs:
+    capturer = Capturer(DEVICE)
+    return DraftGraphs(model.forward, model.layers, cache, BACKEND, capturer, lambda rows: True)
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_steps_give_the_logits_of_steps_that_are_not_captured(family: str) -> None:
     model = loaded(family)
     cache, attention = made_up(model)
-    graphs = DraftGraphs(model.forward, model.layers, cache, BACKEND, Capturer(DEVICE))
-    step = graphs.static_step(bucket=4, width=256)
+    step = graphs_of(model, cache).static_step(bucket=4, width=256)
     generator = torch.Generator().manual_seed(1)
     attention.begin_step(NUM_STEPS - 1)
     step.views.load(attention.columns())
@@ -62,8 +68,7 @@ def test_steps_give_the_logits_of_steps_that_are_not_captured(family: str) -> No
         token_ids = torch.randint(model.vocab_size, (3,), generator=generator)
         positions = attention.begin_step(number)
         expected = model.forward(token_ids, positions, attention)
-        step.inputs[:3], step.inputs[4:7] = token_ids.to(DEVICE), positions.to(DEVICE)
-        step.inputs[-1] = number
+        step.inputs.write_step(number, token_ids, positions)
         torch.testing.assert_close(step()[:3], expected, atol=1e-4, rtol=1e-4)
 
 
@@ -71,11 +76,10 @@ def test_steps_give_the_logits_of_steps_that_are_not_captured(family: str) -> No
 def test_a_step_could_be_captured() -> None:
     model = loaded("llama")
     cache, attention = made_up(model)
-    graphs = DraftGraphs(model.forward, model.layers, cache, BACKEND, Capturer(DEVICE))
-    step = graphs.static_step(bucket=4, width=256)
+    step = graphs_of(model, cache).static_step(bucket=4, width=256)
     attention.begin_step(NUM_STEPS - 1)
     step.views.load(attention.columns())
-    with CapturedRegion([*tensors_of(model, cache), step.inputs, *step.views.static]):
+    with CapturedRegion([*tensors_of(model, cache), *step.static]):
         step()
 
 
@@ -85,5 +89,5 @@ def test_what_a_graph_does_not_hold_is_left_to_others() -> None:
     for family, num_steps in (("mistral_sliding", NUM_STEPS), ("llama", MAX_STEPS + 1)):
         model = loaded(family)
         cache, attention = made_up(model)
-        graphs = DraftGraphs(model.forward, model.layers, cache, BACKEND, Capturer(DEVICE))
-        assert graphs.begin(attention, 3, num_steps) is None
+        rows = [SamplerRow(SamplingParams(), 71, None, 4)]
+        assert graphs_of(model, cache).begin(attention, rows, num_steps) is None

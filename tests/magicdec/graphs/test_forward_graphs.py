@@ -69,8 +69,8 @@ def test_ragged_rows_get_the_packed_forwards_logits(model: LoadedModel) -> None:
 @torch.inference_mode()
 def test_a_step_could_be_captured(model: LoadedModel) -> None:
     cache, _, _ = made_up(model)
-    step, buffer = static(model, cache)
-    with CapturedRegion([*tensors_of(model, cache), *tensors_of_step(step), buffer]):
+    step, _ = static(model, cache)
+    with CapturedRegion([*tensors_of(model, cache), *step.static]):
         step()
 
 
@@ -87,7 +87,3 @@ def test_the_region_fails_on_what_a_replay_cannot_do(model: LoadedModel) -> None
         cache.k[0].sum().item()
     with pytest.raises(Forbidden, match="nonzero"), CapturedRegion(known):
         cache.k[0].nonzero()
-
-
-def tensors_of_step(step: StaticForward) -> list[torch.Tensor]:
-    return [step.all_rows, step.attention.layout.row_starts, step.attention.layout.short_rows]

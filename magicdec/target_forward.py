@@ -1,0 +1,142 @@
+"""The target's forward over a step's rows, replayed where graphs hold them.
+
+    replayed   sequences of few rows: decode rows and their drafts, a prompt's last few tokens
+    launched   longer chunks of prompts, in a forward of their own; without graphs, everything
+
+The two know nothing of each other: no sequence reads what another one writes in the same step. A
+block is shared from the step after the one that computed it on, and never written again
+(prefix_cache.py).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from magicdec.attention import AttentionObserver, PagedAttention, row_positions
+from magicdec.batch import ScheduledSequence
+from magicdec.graphs.capture import KeptForward
+from magicdec.graphs.forward_graphs import MOST_ROWS, ForwardGraphs
+from magicdec.kernels.dispatch import AttentionBackend
+from magicdec.kernels.paged_layout import PagedLayout
+from magicdec.kv_cache import PagedKVCache
+from magicdec.sampler import Proposal, SamplerRow
+
+Draft = tuple[Proposal, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepRows:
+    """Some sequences' rows back to back: each one's tokens, then its draft."""
+
+    sequences: tuple[ScheduledSequence, ...]
+    drafts: tuple[Draft, ...]  # a sequence
+    layout: PagedLayout
+
+    @classmethod
+    def of(
+        cls, sequences: Sequence[ScheduledSequence], drafts: Sequence[Draft], block_size: int
+    ) -> "StepRows":
+        pairs = zip(sequences, drafts, strict=True)
+        layout = PagedLayout(
+            query_lens=tuple(len(s.token_ids) + len(d) for s, d in pairs),
+            context_lens=tuple(s.num_computed_tokens for s in sequences),
+            block_tables=tuple(s.block_table for s in sequences),
+            block_size=block_size,
+        )
+        return cls(tuple(sequences), tuple(drafts), layout)
+
+    def of_these(self, indices: Sequence[int]) -> "StepRows":
+        sequences = [self.sequences[i] for i in indices]
+        drafts = [self.drafts[i] for i in indices]
+        return StepRows.of(sequences, drafts, self.layout.block_size)
+
+    def token_ids(self) -> torch.Tensor:
+        """[num_rows]"""
+        pieces = [
+            np.concatenate([s.token_ids, np.array([p.token_id for p in d], dtype=np.int64)])
+            for s, d in zip(self.sequences, self.drafts, strict=True)
+        ]
+        return torch.from_numpy(np.concatenate(pieces))
+
+    def sampled(self) -> list[int]:
+        """Which sequences choose tokens: all but chunks that end before the last one."""
+        return [i for i, s in enumerate(self.sequences) if s.sampling is not None]
+
+    def choices(self) -> list[SamplerRow]:
+        """What the sampled sequences choose: after their tokens, and after each drafted one."""
+        rows = []
+        for i in self.sampled():
+            drafted = tuple(p.token_id for p in self.drafts[i])
+            steps = range(len(drafted) + 1)
+            rows += [SamplerRow.after(self.sequences[i], drafted[:n]) for n in steps]
+        return rows
+
+    def keep(self) -> torch.Tensor:
+        """The rows whose logits these are chosen from, [num_choices]."""
+        stops = np.cumsum(self.layout.query_lens)
+        places = [np.arange(stops[i] - len(self.drafts[i]) - 1, stops[i]) for i in self.sampled()]
+        return torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *places]))
+
+
+class TargetForward:
+    """Of one model and its pages."""
+
+    def __init__(
+        self,
+        forward: KeptForward,
+        cache: PagedKVCache,
+        backend: AttentionBackend,
+        graphs: ForwardGraphs | None,
+    ) -> None:
+        self._forward = forward
+        self._cache = cache
+        self._backend = backend
+        self._graphs = graphs
+
+    def __call__(self, step: StepRows, observers: Sequence[AttentionObserver]) -> torch.Tensor:
+        """Logits of step.choices(), [num_choices, vocab_size]; the rows' K/V are in the pages then,
+        and the observers have seen their sequences' attention."""
+        query_lens = step.layout.query_lens
+        if self._graphs is None or min(query_lens) > MOST_ROWS:
+            return self._launched(step, observers)
+        if max(query_lens) <= MOST_ROWS:
+            return self._replayed(step, observers, self._graphs)
+        is_short = np.array(query_lens) <= MOST_ROWS
+        parts = [np.flatnonzero(~is_short).tolist(), np.flatnonzero(is_short).tolist()]
+        chunks, others = (step.of_these(part) for part in parts)
+        # In this order the replay is launched while the chunks still run.
+        logits = [
+            self._launched(chunks, _over(observers, parts[0], chunks)),
+            self._replayed(others, _over(observers, parts[1], others), self._graphs),
+        ]
+        order = [parts[0][i] for i in chunks.sampled()] + [parts[1][i] for i in others.sampled()]
+        return _in_order(torch.cat(logits), order, step)
+
+    def _launched(self, step: StepRows, observers: Sequence[AttentionObserver]) -> torch.Tensor:
+        attention = PagedAttention(self._cache, step.layout, self._backend, observers)
+        positions = row_positions(step.layout)
+        return self._forward(step.token_ids(), positions, attention, step.keep())
+
+    def _replayed(
+        self, step: StepRows, observers: Sequence[AttentionObserver], graphs: ForwardGraphs
+    ) -> torch.Tensor:
+        return graphs.forward(step.layout, step.token_ids(), step.keep(), observers)
+
+
+def _over(
+    observers: Sequence[AttentionObserver], part: Sequence[int], step: StepRows
+) -> list[AttentionObserver]:
+    """Those that look at a sequence of the part."""
+    found = [observer.over(part, step.layout) for observer in observers]
+    return [observer for observer in found if observer.num_sequences > 0]
+
+
+def _in_order(logits: torch.Tensor, order: list[int], step: StepRows) -> torch.Tensor:
+    """Rows of the sequences `order`, as the step has them."""
+    counts = np.array([len(step.drafts[i]) + 1 for i in order], dtype=np.int64)
+    starts = np.cumsum(counts) - counts
+    rows = [np.arange(starts[i], starts[i] + counts[i]) for i in np.argsort(order)]
+    places = torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *rows]))
+    return logits.index_select(0, places.to(logits.device))
