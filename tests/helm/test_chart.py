@@ -229,7 +229,14 @@ IMPOSSIBLE: dict[str, tuple[Values, str]] = {
     ),
     "redis nowhere": ({"gcsFaultTolerance": {"backend": "redis"}}, "redis.address must be"),
     "a route to no gateway": ({"httpRoute": {"enabled": True}}, "parentRefs must name a Gateway"),
-    "a job without a command": ({"batch": {"enabled": True}}, "batch.entrypoint must be"),
+    "a job without a file for its answers": (
+        {"batch": {"enabled": True, "input": "/data/in.jsonl"}},
+        "batch.input and batch.output must both be given",
+    ),
+    "a job of two commands": (
+        {"batch": {"enabled": True, "entrypoint": "ls", "input": "a", "output": "b"}},
+        "batch.entrypoint stands for the whole command",
+    ),
     "a budget that nothing passes": (
         {"serve": {"replicas": 3}, "podDisruptionBudget": {"enabled": True, "minAvailable": 3}},
         r"minAvailable must be below the number of workers \(3\), got 3",

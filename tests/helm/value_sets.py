@@ -84,7 +84,11 @@ _OUTSIDE = _optional(
         tag=st.sampled_from(["", "1.2.3"]), digest=st.sampled_from(["", f"sha256:{_HASH}"])
     ),
     batch=st.sampled_from(
-        [{}, {"enabled": True, "entrypoint": "magicdec --help", "activeDeadlineSeconds": 3600}]
+        [
+            {},
+            {"enabled": True, "entrypoint": "magicdec --help", "activeDeadlineSeconds": 3600},
+            {"enabled": True, "input": "/data/in.jsonl", "output": "/data/out.jsonl", "workers": 2},
+        ]
     ),
 )
 

@@ -70,6 +70,7 @@ LIMITS: dict[str, Schema] = {
     "podSecurityContext": ANY_MAP,
     "containerSecurityContext": ANY_MAP,
     "dashboard.labels": STRINGS,
+    "batch.args": {"type": "array", "items": {"type": "string"}},
     "batch.workers": POSITIVE,
     "batch.backoffLimit": {"type": "integer", "minimum": 0},
     "batch.ttlSecondsAfterFinished": {"type": "integer", "minimum": 0},

@@ -79,8 +79,11 @@
 {{- if and $v.httpRoute.enabled (not $v.httpRoute.parentRefs) -}}
 {{- fail "httpRoute.parentRefs must name a Gateway where httpRoute.enabled is true, got none" -}}
 {{- end -}}
-{{- if and $v.batch.enabled (not $v.batch.entrypoint) -}}
-{{- fail "batch.entrypoint must be a command where batch.enabled is true, got none" -}}
+{{- if and $v.batch.enabled (not $v.batch.entrypoint) (not (and $v.batch.input $v.batch.output)) -}}
+{{- fail "batch.input and batch.output must both be given where batch.enabled is true, or batch.entrypoint" -}}
+{{- end -}}
+{{- if and $v.batch.entrypoint (or $v.batch.input $v.batch.output $v.batch.args) -}}
+{{- fail "batch.entrypoint stands for the whole command: batch.input, batch.output and batch.args must be empty beside it" -}}
 {{- end -}}
 {{- $most := ternary (int $v.autoscaling.minReplicas) (int (default 1 $v.serve.replicas)) $v.autoscaling.enabled -}}
 {{- $pods := int (include "magicdec.pods" (list . $most)) -}}

@@ -36,10 +36,10 @@ spec:
   {{- with $pod.runtimeClassName }}
   runtimeClassName: {{ . }}
   {{- end }}
-  {{- if eq $v.model.source "url" }}
+  {{- end }}
+  {{- if and (eq $v.model.source "url") (or $worker .batch) }}
   initContainers:
     {{- include "magicdec.fetchModel" .root | nindent 4 }}
-  {{- end }}
   {{- end }}
   containers:
     - name: {{ printf "ray-%s" .role }}
@@ -110,21 +110,21 @@ spec:
 {{- end }}
 {{- end -}}
 
-{{- /* The head serves nothing: it needs no model, no keys and no volume of its own. */ -}}
+{{- /* A service's head needs no model and no keys. A job's driver runs on its head, and tokenizes. */ -}}
 {{- define "magicdec.mounts" -}}
 {{- $v := .root.Values -}}
 - {name: tmp, mountPath: /tmp}
 - {name: shm, mountPath: /dev/shm}
 - {name: cache, mountPath: /cache}
-{{- if eq .role "worker" }}
+{{- if or (eq .role "worker") .batch }}
 {{- if eq $v.model.source "pvc" }}
 - {name: model, mountPath: {{ $v.model.pvc.mountPath | quote }}, readOnly: true}
 {{- else if eq $v.model.source "url" }}
 - {name: model, mountPath: /models}
 {{- end }}
-{{- if $v.apiKeys.existingSecret }}
-- {name: api-keys, mountPath: /etc/magicdec, readOnly: true}
 {{- end }}
+{{- if and (eq .role "worker") $v.apiKeys.existingSecret }}
+- {name: api-keys, mountPath: /etc/magicdec, readOnly: true}
 {{- end }}
 {{- with $v.extraVolumeMounts }}
 {{ toYaml . }}
@@ -141,15 +141,15 @@ spec:
 {{- else }}
 - {name: cache, emptyDir: {}}
 {{- end }}
-{{- if $worker }}
+{{- if or $worker .batch }}
 {{- if eq $v.model.source "pvc" }}
 - {name: model, persistentVolumeClaim: {claimName: {{ $v.model.pvc.existingClaim }}, readOnly: true}}
 {{- else if eq $v.model.source "url" }}
 - {name: model, emptyDir: {}}
 {{- end }}
-{{- if $v.apiKeys.existingSecret }}
-- {name: api-keys, secret: {secretName: {{ $v.apiKeys.existingSecret }}}}
 {{- end }}
+{{- if and $worker $v.apiKeys.existingSecret }}
+- {name: api-keys, secret: {secretName: {{ $v.apiKeys.existingSecret }}}}
 {{- end }}
 {{- with $v.extraVolumes }}
 {{ toYaml . }}

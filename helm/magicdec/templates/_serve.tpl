@@ -1,3 +1,28 @@
+{{- /* The sections of the server's settings that say how a model is run. */ -}}
+{{- define "magicdec.engineSettings" -}}
+{{- $v := .Values -}}
+model:
+  path: {{ $v.model.path | quote }}
+  dtype: {{ $v.model.dtype }}
+  {{- with $v.model.servedName }}
+  served_name: {{ . | quote }}
+  {{- end }}
+  {{- if not (kindIs "invalid" $v.model.maxModelLen) }}
+  max_model_len: {{ int $v.model.maxModelLen }}
+  {{- end }}
+{{- range $section := list "cache" "scheduler" "speculation" }}
+{{- with index $v.settings $section }}
+{{ $section }}: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+parallel:
+  tensor_parallel_size: {{ int $v.parallel.tensorParallelSize }}
+  use_gpu: {{ gt (int $v.worker.gpus) 0 }}
+  {{- if not (kindIs "invalid" $v.parallel.numThreads) }}
+  num_threads: {{ int $v.parallel.numThreads }}
+  {{- end }}
+{{- end -}}
+
 {{- /* The Serve config: the sections of the server's settings are the application's arguments. */ -}}
 {{- define "magicdec.serveConfig" -}}
 {{- $v := .Values -}}
@@ -10,26 +35,7 @@ applications:
     route_prefix: /
     import_path: magicdec.deployments.app:app_builder
     args:
-      model:
-        path: {{ $v.model.path | quote }}
-        dtype: {{ $v.model.dtype }}
-        {{- with $v.model.servedName }}
-        served_name: {{ . | quote }}
-        {{- end }}
-        {{- if not (kindIs "invalid" $v.model.maxModelLen) }}
-        max_model_len: {{ int $v.model.maxModelLen }}
-        {{- end }}
-      {{- range $section := list "cache" "scheduler" "speculation" }}
-      {{- with index $v.settings $section }}
-      {{ $section }}: {{- toYaml . | nindent 8 }}
-      {{- end }}
-      {{- end }}
-      parallel:
-        tensor_parallel_size: {{ int $v.parallel.tensorParallelSize }}
-        use_gpu: {{ gt (int $v.worker.gpus) 0 }}
-        {{- if not (kindIs "invalid" $v.parallel.numThreads) }}
-        num_threads: {{ int $v.parallel.numThreads }}
-        {{- end }}
+      {{- include "magicdec.engineSettings" . | nindent 6 }}
       server:
         {{- if $v.autoscaling.enabled }}
         autoscaling:
