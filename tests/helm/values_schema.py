@@ -7,6 +7,7 @@ import yaml
 
 from magicdec.deployments.settings import ServeSettings
 from tests.helm.chart import CHART
+from tests.helm.setting_limits import limited
 
 Schema = dict[str, Any]
 
@@ -111,11 +112,13 @@ def _of(value: Any, path: tuple[str, ...]) -> Schema:
 
 
 def _settings(section: str) -> Schema:
-    """What the server itself accepts, pydantic's schema without its texts."""
+    """What the server accepts: pydantic's schema without its texts, and the engine's limits."""
     model = ServeSettings.model_fields[section].annotation
     assert model is not None
     found = model.model_json_schema()
     plain: Schema = _without_texts(found)
+    properties = plain["properties"].items()
+    plain["properties"] = {name: limited(section, name, part) for name, part in properties}
     return plain
 
 
