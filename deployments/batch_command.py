@@ -116,10 +116,10 @@ def _check(
         body_check = body_check_of(settings)
     report = job.check(body_check, count)
     seconds = time.monotonic() - started
+    rows = "1 row" if report.num_rows == 1 else f"{report.num_rows:,} rows"
     _say(
         console,
-        f"The input has {report.num_rows:,} rows, checked in {seconds:.1f} s; "
-        f"{report.num_answered:,} are answered.",
+        f"The input has {rows}, checked in {seconds:.1f} s; {report.num_answered:,} answered.",
     )
     if report.num_failing:
         _say(console, "\n  ".join(failing_lines(report)))

@@ -29,7 +29,8 @@ def main(rank: int, num_ranks: int, port: int, total_bytes: int, folder: str) ->
         SchedulerConfig(max_num_seqs=4, max_batch_tokens=96),
         parallel=ParallelConfig(tensor_parallel_size=num_ranks),
     )
-    model = describe_model(load_shard(Path(folder), torch.float32), "float32")
+    module, vocabulary = load_shard(Path(folder), torch.float32)
+    model = describe_model(module, "float32", vocabulary)
     runner = ModelRunner(model, config, FakeMemory(total_bytes))
     print("blocks", runner.num_affordable_blocks())
 

@@ -36,7 +36,7 @@ def test_a_dry_run_checks_and_writes_nothing(rows: Path, tiny_model_dir: Path) -
     output = rows.with_name("out.jsonl")
     result = dry_run(rows, output, tiny_model_dir)
     assert result.exit_code == 0
-    assert "The input has 2 rows" in result.stderr and "0 are answered" in result.stderr
+    assert "The input has 2 rows" in result.stderr and "0 answered" in result.stderr
     assert not output.exists() and not manifest_path(output).exists()
 
 

@@ -54,7 +54,7 @@ def test_a_job_runs_batch_over_the_services_model_and_settings(tmp_path: Path) -
         timeout=120,
     )
     assert run.returncode == 0, run.stderr
-    assert "1 row" in run.stdout + run.stderr
+    assert "The input has 1 row," in run.stdout + run.stderr
     found = load_settings(str(tmp_path / "settings.json"), {})
     assert found.server.num_replicas == 3 and found.scheduler.max_num_seqs == 4
     assert found.speculation.draft_length == 3 and found.model.dtype == "float32"
