@@ -26,7 +26,8 @@ MaxModelLen = Annotated[
 KvCacheGib = Annotated[
     float | None,
     typer.Option(
-        help="KV pool of one rank, GiB; default: what a GPU has left.", show_default=False
+        help="KV pool of one rank, GiB; default: what a GPU has left, 2 on a CPU.",
+        show_default=False,
     ),
 ]
 DraftLength = Annotated[
