@@ -18,22 +18,10 @@ from magicdec.kernels.cpu_gumbel import CpuGumbelArgmax
 from magicdec.kernels.cpu_largest import CpuLargest
 from magicdec.kernels.gumbel import GumbelArgmax, Winners, gumbel_argmax
 from magicdec.kernels.paged_layout import DeviceLayout, PagedLayout
-from magicdec.kernels.selection import LargestIndices
+from magicdec.kernels.selection import LargestIndices, LayeredMass
 from magicdec.kernels.sparse_attention import CopiedView, MakeDeviceView, MakeView
 
 logger = logging.getLogger(__name__)
-
-
-class AttentionMass(Protocol):
-    def __call__(
-        self,
-        query: torch.Tensor,
-        k_cache: torch.Tensor,
-        layout: PagedLayout,
-        sequence: int,
-        scaling: float,
-        softcap: float | None = None,
-    ) -> torch.Tensor: ...
 
 
 class PagedAttentionKernel(Protocol):
@@ -115,7 +103,7 @@ class AttentionBackend:
     name: str
     paged: PagedAttentionKernel
     view: MakeView
-    mass: AttentionMass = selection.attention_mass
+    mass: LayeredMass = selection.layered_mass
     largest: LargestIndices = selection.largest_indices
     store: StoreKv = kv_store.store_kv
     paged_on_device: PagedOnDevice | None = None
@@ -177,7 +165,8 @@ def _compiled() -> list[AttentionBackend]:
     library = compiled_library()
     if library is None:
         return []
-    attention, mass, largest = CpuAttention(library), CpuAttentionMass(library), CpuLargest(library)
+    attention, largest = CpuAttention(library), CpuLargest(library)
+    mass = partial(selection.layered_mass, mass=CpuAttentionMass(library))
     return [AttentionBackend("compiled-cpu", attention.paged, attention.view, mass, largest)]
 
 

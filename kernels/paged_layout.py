@@ -104,7 +104,7 @@ class PagedLayout:
             np.flatnonzero(~is_short),
             np.flatnonzero(np.repeat(is_short, query_lens)),
         )
-        whole = torch.from_numpy(np.concatenate(arrays).astype(np.int32)).to(device)
+        whole = sent(np.concatenate(arrays).astype(np.int32), device)
         parts = whole.split_with_sizes([len(array) for array in arrays])
         return DeviceLayout(
             row_starts=parts[0],

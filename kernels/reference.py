@@ -1,5 +1,7 @@
 """Plain torch oracles: the same signatures as the kernels, written for reading."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -95,19 +97,50 @@ def attention_mass(
     return mass
 
 
-def select_top(
-    mass: torch.Tensor,  # fp32 [num_kv_heads, num_keys]
+def layered_mass(
+    queries: Sequence[torch.Tensor],  # a layer: [num_query_heads, num_rows, head_dim]
+    k_caches: Sequence[torch.Tensor],
+    layout: PagedLayout,
+    sequence: int,
+    scaling: float,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """attention_mass() of each layer."""
+    layers = zip(queries, k_caches, strict=True)
+    return torch.stack(
+        [attention_mass(q, k, layout, sequence, scaling, softcap) for q, k in layers]
+    )
+
+
+def rank_top(
+    mass: torch.Tensor,  # fp32 [num_layers, num_kv_heads, num_keys]
     first: int,
     stop: int,
     count: int,
     pool_size: int = 1,
     chunk_size: int = 1,
     coverage: float = 1.0,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """In Python numbers, by sorting. Ties fall to the lower position."""
+    case = (first, stop, count, pool_size, chunk_size, coverage)
+    layers = [_rank_layer(rows, *case) for rows in mass.tolist()]
+    shape = (*mass.shape[:2], len(layers[0][0][0]) if mass.shape[1] > 0 else 0)
+    chosen = torch.tensor([heads for heads, _ in layers], dtype=torch.long).reshape(shape)
+    return chosen, torch.tensor([needed for _, needed in layers])
+
+
+def _rank_layer(
+    mass: list[list[float]],
+    first: int,
+    stop: int,
+    count: int,
+    pool_size: int,
+    chunk_size: int,
+    coverage: float,
+) -> tuple[list[list[int]], int]:
     chosen: list[list[int]] = []
     needed = 1
-    for row in mass.tolist():
+    for row in mass:
         half = pool_size // 2
         pooled = [sum(row[max(i - half, 0) : i + half + 1]) / pool_size for i in range(len(row))]
         starts = range(first, stop - chunk_size + 1, chunk_size)
@@ -120,10 +153,8 @@ def select_top(
             held += row[best[steps]]
             steps += 1
         needed = max(needed, steps)
-    if coverage < 1.0:
-        chosen = [best[:needed] for best in chosen]
     width = len(chosen[0]) if chosen else 0
-    return torch.tensor(chosen, dtype=torch.long).reshape(len(chosen), width)
+    return chosen, min(needed, width) if coverage < 1.0 else width
 
 
 def rms_norm(rows: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:

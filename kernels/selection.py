@@ -1,11 +1,38 @@
 """Which keys attention weighs most: the scores and the choice behind `snapkv` and `recycled`."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch.nn.functional import avg_pool1d
 
 from magicdec.kernels.paged_layout import PagedLayout
+
+
+class AttentionMass(Protocol):
+    def __call__(
+        self,
+        query: torch.Tensor,
+        k_cache: torch.Tensor,
+        layout: PagedLayout,
+        sequence: int,
+        scaling: float,
+        softcap: float | None = None,
+    ) -> torch.Tensor: ...
+
+
+class LayeredMass(Protocol):
+    """An AttentionMass of layers alike in heads: fp32 [num_layers, num_kv_heads, num_keys]."""
+
+    def __call__(
+        self,
+        queries: Sequence[torch.Tensor],  # a layer: [num_query_heads, num_rows, head_dim]
+        k_caches: Sequence[torch.Tensor],
+        layout: PagedLayout,
+        sequence: int,
+        scaling: float,
+        softcap: float | None = None,
+    ) -> torch.Tensor: ...
 
 
 class LargestIndices(Protocol):
@@ -55,8 +82,22 @@ def attention_mass(
     return torch.softmax(scores, dim=-1).sum(dim=1)
 
 
-def select_top(
-    mass: torch.Tensor,  # fp32 [num_kv_heads, num_keys]
+def layered_mass(
+    queries: Sequence[torch.Tensor],  # a layer: [num_query_heads, num_rows, head_dim]
+    k_caches: Sequence[torch.Tensor],
+    layout: PagedLayout,
+    sequence: int,
+    scaling: float,
+    softcap: float | None = None,
+    mass: AttentionMass = attention_mass,
+) -> torch.Tensor:
+    """One layer after the other: [num_layers, num_kv_heads, num_keys]."""
+    layers = zip(queries, k_caches, strict=True)
+    return torch.stack([mass(q, k, layout, sequence, scaling, softcap) for q, k in layers])
+
+
+def rank_top(
+    mass: torch.Tensor,  # fp32 [num_layers, num_kv_heads, num_keys]
     first: int,
     stop: int,
     count: int,
@@ -64,32 +105,37 @@ def select_top(
     chunk_size: int = 1,
     coverage: float = 1.0,
     largest: LargestIndices = largest_indices,
-) -> torch.Tensor:
-    """The positions in first..stop-1 that hold most of the mass, a KV head, best first.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The positions in first..stop-1 that hold most of the mass, a KV head, best first; and how
+    many of them each layer needs.
 
     The mass is averaged over pool_size neighbours (odd, same length; SnapKV, arXiv 2404.14469).
     chunk_size positions, aligned to `first`, are chosen together; one cut short by `stop` never is,
-    being beside the recent positions that are read anyway. With coverage below 1, no more are
-    returned than the neediest head needs to hold that share of all its mass together with the keys
-    outside first..stop-1, which are always read.
-    Returns int64 [num_kv_heads, at most count].
+    being beside the recent positions that are read anyway. With coverage below 1, a layer needs no
+    more than its neediest head does to hold that share of all its mass together with the keys
+    outside first..stop-1, which are always read; else, all of them.
+    Returns int64 [num_layers, num_kv_heads, at most count] and int64 [num_layers]; the host waits
+    for neither.
     """
-    candidates = mass[:, first:stop]
-    num_kv_heads, num_candidates = candidates.shape
-    count = min(count, num_candidates)
-    if count <= 0 or num_kv_heads == 0:
-        return torch.zeros(num_kv_heads, 0, dtype=torch.long, device=mass.device)
+    num_layers, num_kv_heads, _ = mass.shape
+    rows = mass.flatten(0, 1)
+    candidates = rows[:, first:stop]
+    count = min(count, candidates.shape[1])
+    if count <= 0 or len(rows) == 0:
+        none = mass.new_zeros(num_layers, num_kv_heads, 0, dtype=torch.long)
+        return none, mass.new_zeros(num_layers, dtype=torch.long)
     if pool_size > 1:
-        pooled = avg_pool1d(mass[:, None], pool_size, stride=1, padding=pool_size // 2)
+        pooled = avg_pool1d(rows[:, None], pool_size, stride=1, padding=pool_size // 2)
         candidates = pooled[:, 0, first:stop]
     chosen = _best_chunks(candidates, count, chunk_size, largest)
+    needed = mass.new_full((num_layers,), chosen.shape[1], dtype=torch.long)
     if coverage < 1.0:
-        inside = mass[:, first:stop]
+        inside = rows[:, first:stop]
         held = inside.gather(1, chosen).cumsum(dim=1)
-        wanted = coverage * mass.sum(dim=1) - (mass.sum(dim=1) - inside.sum(dim=1))
-        needed = int((held < wanted[:, None]).sum(dim=1).max()) + 1
-        chosen = chosen[:, :needed]
-    return chosen + first
+        wanted = coverage * rows.sum(dim=1) - (rows.sum(dim=1) - inside.sum(dim=1))
+        steps = (held < wanted[:, None]).sum(dim=1).view(num_layers, num_kv_heads)
+        needed = torch.minimum(steps.amax(dim=1) + 1, needed)
+    return (chosen + first).view(num_layers, num_kv_heads, -1), needed
 
 
 def _best_chunks(

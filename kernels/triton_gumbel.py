@@ -9,6 +9,7 @@ import triton.language as tl
 
 from magicdec.kernels import gumbel
 from magicdec.kernels.gumbel import ENTRIES_PER_BLOCK, Draw, Winners
+from magicdec.kernels.transfer import send
 
 _WORDS = tl.constexpr(ENTRIES_PER_BLOCK)  # of 32 bits
 _NONE = tl.constexpr(2**31 - 1)  # an entry that every other one goes before
@@ -128,4 +129,4 @@ def gumbel_argmax(
     if len(draws) == 0:
         return gumbel.gumbel_argmax(scores, draws, first_entry)
     scores = scores if scores.stride(1) == 1 else scores.contiguous()
-    return choose_on_device(scores, draw_keys(draws).to(scores.device), first_entry)
+    return choose_on_device(scores, send(draw_keys(draws), scores.device), first_entry)

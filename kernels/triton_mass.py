@@ -1,15 +1,25 @@
-"""Attention's mass a key in Triton: first each row's log-sum-exp, then the keys' share of it."""
+"""Attention's mass a key in Triton: first each row's log-sum-exp, then the keys' share of it.
+
+    program   (split or tile of keys, layer and KV head, tile of rows)
+
+All layers of a sequence in two launches: where a layer's rows and keys lie is told as a distance
+from the first layer's, in entries: multiples of 8, as wide loads ask for.
+"""
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 
 from magicdec.kernels.paged_layout import PagedLayout
+from magicdec.kernels.transfer import send
 from magicdec.kernels.triton_tiles import capped, dot_precision, log_sum
 
 _BLOCK_N = 64
 _BLOCK_M = 32
-_SPLIT_KEYS = 512
+_SPLIT_KEYS = 512  # at least
+_MOST_SPLITS = 16  # whose sums each tile of keys adds up again
 
 
 @triton.jit
@@ -55,21 +65,24 @@ def _tile_scores(
 
 @triton.jit
 def _row_lse(
-    query,
+    query,  # of the first layer
     k_cache,
+    distances,  # int64 [2, num_layers], of the others' query and keys
     table,
-    partial_lse,  # fp32 [num_splits, num_kv_heads, num_rows * group_size]
+    partial_lse,  # fp32 [num_splits, num_layers * num_kv_heads, num_rows * group_size]
     query_head_stride,
     query_row_stride,
     kv_head_stride,
+    num_layers,
+    num_kv_heads,
     num_rows,
     num_keys,
+    split_keys,
     scaling,
     softcap,
     GROUP_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    SPLIT_KEYS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -77,12 +90,15 @@ def _row_lse(
     BLOCK_D: tl.constexpr,
 ):
     split = tl.program_id(0)
-    kv_head = tl.program_id(1)
+    layer = tl.program_id(1) // num_kv_heads
+    kv_head = tl.program_id(1) % num_kv_heads
+    query += tl.multiple_of(tl.load(distances + layer), 8)
+    k_cache += tl.multiple_of(tl.load(distances + num_layers + layer), 8)
     folded = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    stop = tl.minimum((split + 1) * SPLIT_KEYS, num_keys)
-    for start in tl.range(split * SPLIT_KEYS, stop, BLOCK_N):
+    stop = tl.minimum((split + 1) * split_keys, num_keys)
+    for start in tl.range(split * split_keys, stop, BLOCK_N):
         scores = _tile_scores(
             query,
             k_cache,
@@ -108,24 +124,39 @@ def _row_lse(
         anchor = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp2(top - anchor) + tl.sum(tl.exp2(scores - anchor[:, None]), 1)
         top = higher
-    lse = log_sum(top, total)
     num_folded = num_rows * GROUP_SIZE
-    place = partial_lse + (split * tl.num_programs(1) + kv_head) * num_folded + folded
-    tl.store(place, lse, folded < num_folded)
+    place = partial_lse + (split * tl.num_programs(1) + tl.program_id(1)) * num_folded + folded
+    tl.store(place, log_sum(top, total), folded < num_folded)
+
+
+@triton.jit
+def _whole_lse(partial_lse, num_splits, split_stride, is_row):
+    """Of rows at `partial_lse` in every split, base 2; every row sees a key in one of them."""
+    top = tl.full(is_row.shape, float("-inf"), tl.float32)
+    for split in tl.range(0, num_splits):
+        top = tl.maximum(top, tl.load(partial_lse + split * split_stride, is_row, other=0.0))
+    total = tl.zeros(is_row.shape, tl.float32)
+    for split in tl.range(0, num_splits):
+        total += tl.exp2(tl.load(partial_lse + split * split_stride, is_row, other=0.0) - top)
+    return top + tl.log2(total)
 
 
 @triton.jit
 def _key_mass(
-    query,
+    query,  # of the first layer
     k_cache,
+    distances,  # int64 [2, num_layers], of the others' query and keys
     table,
-    lse,  # fp32 [num_kv_heads, num_rows * group_size]
-    mass,  # fp32 [num_kv_heads, num_keys]
+    partial_lse,  # fp32 [num_splits, num_layers * num_kv_heads, num_rows * group_size]
+    mass,  # fp32 [num_layers * num_kv_heads, num_keys]
     query_head_stride,
     query_row_stride,
     kv_head_stride,
+    num_layers,
+    num_kv_heads,
     num_rows,
     num_keys,
+    num_splits,
     scaling,
     softcap,
     GROUP_SIZE: tl.constexpr,
@@ -137,9 +168,14 @@ def _key_mass(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    kv_head = tl.program_id(1)
+    pair = tl.program_id(1)
+    layer = pair // num_kv_heads
+    kv_head = pair % num_kv_heads
+    query += tl.multiple_of(tl.load(distances + layer), 8)
+    k_cache += tl.multiple_of(tl.load(distances + num_layers + layer), 8)
     keys = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     num_folded = num_rows * GROUP_SIZE
+    split_stride = tl.num_programs(1) * num_folded
     sums = tl.zeros([BLOCK_N], tl.float32)
     for start in tl.range(0, num_folded, BLOCK_M):
         folded = start + tl.arange(0, BLOCK_M)
@@ -164,47 +200,64 @@ def _key_mass(
             PRECISION,
             BLOCK_D,
         )
-        rows = tl.load(lse + kv_head * num_folded + folded, folded < num_folded, other=0.0)
-        sums += tl.sum(tl.exp2(scores - rows[:, None]), 0)
-    tl.store(mass + kv_head * num_keys + keys, sums, keys < num_keys)
+        rows = partial_lse + pair * num_folded + folded
+        lse = _whole_lse(rows, num_splits, split_stride, folded < num_folded)
+        sums += tl.sum(tl.exp2(scores - lse[:, None]), 0)
+    tl.store(mass + pair.to(tl.int64) * num_keys + keys, sums, keys < num_keys)
 
 
 def attention_mass(
-    query: torch.Tensor,  # [num_query_heads, num_rows, head_dim]
-    k_cache: torch.Tensor,  # [num_kv_heads, num_slots, head_dim]
+    queries: Sequence[torch.Tensor],
+    k_caches: Sequence[torch.Tensor],
     layout: PagedLayout,
     sequence: int,
     scaling: float,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """See selection.attention_mass."""
-    num_kv_heads, num_rows = k_cache.shape[0], query.shape[1]
+    """See selection.layered_mass."""
+    num_heads, num_rows, head_dim = queries[0].shape
+    num_layers, num_kv_heads = len(queries), k_caches[0].shape[0]
     num_keys = layout.context_lens[sequence] + layout.query_lens[sequence]
-    mass = query.new_empty(num_kv_heads, num_keys, dtype=torch.float32)
+    shape = (num_layers, num_kv_heads, num_keys)
+    mass = queries[0].new_empty(shape, dtype=torch.float32)
     if num_kv_heads == 0:
         return mass
-    query = query if query.stride(2) == 1 else query.contiguous()
-    group_size, head_dim = query.shape[0] // num_kv_heads, query.shape[2]
-    num_folded = num_rows * group_size
-    tables = layout.on_device(query.device, num_rows).block_tables
-    num_splits = triton.cdiv(num_keys, _SPLIT_KEYS)
-    lses = mass.new_empty(num_splits, num_kv_heads, num_folded)
-    strides = (query.stride(0), query.stride(1), k_cache.stride(0))
-    numbers = (*strides, num_rows, num_keys, scaling, softcap or 1.0)
-    shape = {
+    if not all(_is_like(query, queries[0]) for query in queries):
+        queries = [query.clone(memory_format=torch.contiguous_format) for query in queries]
+    group_size = num_heads // num_kv_heads
+    split_keys = max(_SPLIT_KEYS, triton.next_power_of_2(triton.cdiv(num_keys, _MOST_SPLITS)))
+    num_splits = triton.cdiv(num_keys, split_keys)
+    lses = mass.new_empty(num_splits, num_layers * num_kv_heads, num_rows * group_size)
+    first, pages = queries[0], k_caches[0]
+    distances = send(torch.tensor([_distances(queries), _distances(k_caches)]), first.device)
+    table = layout.on_device(first.device, num_rows).block_tables[sequence]
+    strides = (first.stride(0), first.stride(1), pages.stride(0))
+    counts = (num_layers, num_kv_heads, num_rows, num_keys)
+    constants = {
         "GROUP_SIZE": group_size,
         "HEAD_DIM": head_dim,
         "BLOCK_SIZE": layout.block_size,
         "HAS_SOFTCAP": softcap is not None,
-        "PRECISION": dot_precision(k_cache.dtype),
+        "PRECISION": dot_precision(pages.dtype),
         "BLOCK_M": _BLOCK_M,
         "BLOCK_N": _BLOCK_N,
         "BLOCK_D": triton.next_power_of_2(head_dim),
     }
-    grid = (num_splits, num_kv_heads, triton.cdiv(num_folded, _BLOCK_M))
-    table = tables[sequence]
-    _row_lse[grid](query, k_cache, table, lses, *numbers, SPLIT_KEYS=_SPLIT_KEYS, **shape)
-    lse = torch.logsumexp(lses * 0.6931471805599453, dim=0) * 1.4426950408889634
-    tiles = (triton.cdiv(num_keys, _BLOCK_N), num_kv_heads)
-    _key_mass[tiles](query, k_cache, table, lse, mass, *numbers, **shape)
+    heads, where = num_layers * num_kv_heads, (first, pages, distances, table, lses)
+    limits = (scaling, softcap or 1.0)
+    grid = (num_splits, heads, triton.cdiv(num_rows * group_size, _BLOCK_M))
+    _row_lse[grid](*where, *strides, *counts, split_keys, *limits, **constants)
+    tiles = (triton.cdiv(num_keys, _BLOCK_N), heads)
+    _key_mass[tiles](*where, mass, *strides, *counts, num_splits, *limits, **constants)
     return mass
+
+
+def _distances(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """Entries from where the first begins to where each does."""
+    start, size = tensors[0].data_ptr(), tensors[0].element_size()
+    return [(tensor.data_ptr() - start) // size for tensor in tensors]
+
+
+def _is_like(query: torch.Tensor, first: torch.Tensor) -> bool:
+    is_aligned = query.data_ptr() % (8 * query.element_size()) == 0
+    return is_aligned and query.stride() == first.stride() and query.stride(2) == 1

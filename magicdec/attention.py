@@ -10,6 +10,7 @@ from transformers import AttentionInterface
 
 from magicdec.kernels.dispatch import AttentionBackend
 from magicdec.kernels.paged_layout import PagedLayout
+from magicdec.kernels.transfer import send
 from magicdec.kv_cache import PagedKVCache
 
 ATTENTION_NAME = "magicdec"
@@ -38,7 +39,7 @@ class AttentionContext(Protocol):
 
 
 class AttentionObserver(Protocol):
-    """Is shown each layer of a verify forward after its K/V are in the pages."""
+    """Is shown some rows of each layer of a verify forward, and looks at their keys after it."""
 
     @property
     def num_sequences(self) -> int:
@@ -49,16 +50,26 @@ class AttentionObserver(Protocol):
         """Of these sequences alone, for a forward that has no others, in this layout."""
         ...
 
+    def rows(self, starts: Sequence[int]) -> list[slice]:
+        """Which rows it is shown, where those of each of the forward's sequences begin there."""
+        ...
+
     def observe(
         self,
         layer: int,
-        query: torch.Tensor,  # [num_query_heads, num_rows, head_dim], after rotary, as K is
-        k_cache: torch.Tensor,  # [num_kv_heads, num_slots, head_dim]
+        queries: Sequence[torch.Tensor],  # rows() of it: [num_query_heads, num_rows, head_dim]
+        k_cache: torch.Tensor,  # [num_kv_heads, num_slots, head_dim], after rotary, as queries are
         *,
         scaling: float,
         sliding_window: int | None,
         softcap: float | None,
-    ) -> None: ...
+    ) -> None:
+        """Keeps them: they and the rows' K/V in the pages stay as they are until finish()."""
+        ...
+
+    def finish(self) -> None:
+        """After the last layer."""
+        ...
 
 
 def register_attention() -> None:
@@ -120,8 +131,9 @@ class PagedAttention:
         self._layout = layout
         self._backend = backend
         self._observers = observers
+        self._row_starts = np.cumsum((0, *layout.query_lens[:-1])).tolist()
         device = cache.k[0].device
-        self._slot_mapping = torch.from_numpy(layout.slot_mapping()).to(device)
+        self._slot_mapping = send(torch.from_numpy(layout.slot_mapping()), device)
 
     def attend(
         self,
@@ -140,9 +152,10 @@ class PagedAttention:
             query, k_cache, v_cache, self._layout, scaling, sliding_window, softcap
         )
         for observer in self._observers:
+            # Of the step's many rows only these outlive the layer.
             observer.observe(
                 layer,
-                query,
+                [query[:, rows].clone() for rows in observer.rows(self._row_starts)],
                 k_cache,
                 scaling=scaling,
                 sliding_window=sliding_window,

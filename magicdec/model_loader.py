@@ -30,6 +30,7 @@ from magicdec.config import ConfigError, EngineConfig, ModelConfig
 from magicdec.fused_modules import fuse_modules
 from magicdec.kernels.cpu_linear import PackedLinear, pack_linears
 from magicdec.kernels.dispatch import select_elementwise
+from magicdec.kernels.transfer import send
 from magicdec.kv_cache import LayerSpec
 from magicdec.vocabulary import Vocabulary
 
@@ -74,10 +75,10 @@ class LoadedModel:
     ) -> torch.Tensor:
         """Logits [num_kept, this rank's share of the vocabulary] of one packed forward."""
         output = self.module(
-            input_ids=token_ids[None].to(self.device),
-            position_ids=positions[None].to(self.device),
+            input_ids=send(token_ids[None], self.device),
+            position_ids=send(positions[None], self.device),
             use_cache=False,
-            logits_to_keep=0 if keep is None else keep.to(self.device),
+            logits_to_keep=0 if keep is None else send(keep, self.device),
             attention_context=attention,
         )
         logits: torch.Tensor = output.logits[0]

@@ -22,6 +22,7 @@ from magicdec.kernels.gumbel import (
     perturbed_argmax,
     uniforms,
 )
+from magicdec.kernels.transfer import send
 from magicdec.truncation import removes, truncate
 from magicdec.types import SamplingParams
 from magicdec.vocabulary import Vocabulary
@@ -192,7 +193,7 @@ def _scaled(scores: torch.Tensor, rows: list[SamplerRow], vocabulary: Vocabulary
     if not any(temperatures):
         return scores
     greatest = vocabulary.greatest(scores.amax(dim=1))
-    divisors = torch.tensor(temperatures, dtype=scores.dtype).to(scores.device)
+    divisors = send(torch.tensor(temperatures, dtype=scores.dtype), scores.device)
     return scaled_scores(scores, greatest, divisors)
 
 

@@ -7,20 +7,13 @@
 tokens that came after it join the recent window until the next one.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from magicdec.batch import ScheduledSequence
-from magicdec.config import OBSERVATION_WINDOW, SelectionConfig
-from magicdec.kernels.dispatch import AttentionBackend
-from magicdec.kernels.paged_layout import PagedLayout
-from magicdec.kernels.selection import select_top
-
-_POOL_SIZE = 5  # SnapKV's average over neighbours (MagicDec section 5)
+from magicdec.config import SelectionConfig
 
 
 def select_streaming(
@@ -98,116 +91,3 @@ class Selection:
         grown = config.num_recent_tokens + context_len - self.observed_len
         most = (num_keys - config.num_sink_tokens) // 2
         return max(min(grown, most), config.num_recent_tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class Observation:
-    """The last rows of one sequence in a verify forward, and how to choose by their attention."""
-
-    index: int  # in the layout
-    num_rows: int
-    draft_budget: int
-    pool_size: int
-    chunk_size: int
-    coverage: float
-    selection: Selection  # filled layer by layer
-
-
-def observe_prompt(index: int, sequence: ScheduledSequence) -> Observation:
-    """SnapKV (arXiv 2404.14469): the last rows of the prompt. The scheduler keeps a last chunk
-    from having fewer of them than the window, unless the whole prompt does."""
-    assert sequence.draft is not None
-    return Observation(
-        index,
-        num_rows=min(OBSERVATION_WINDOW, len(sequence.token_ids)),
-        draft_budget=sequence.draft.draft_budget,
-        pool_size=_POOL_SIZE,
-        chunk_size=1,
-        coverage=1.0,
-        selection=Selection(sequence.num_tokens),
-    )
-
-
-def observe_round(
-    index: int, sequence: ScheduledSequence, num_rows: int, config: SelectionConfig
-) -> Observation:
-    """The rows of a verify pass, drafts that will be rejected included (Vegas, arXiv 2602.07223;
-    PillarAttn, arXiv 2512.01278)."""
-    assert sequence.draft is not None
-    return Observation(
-        index,
-        num_rows=num_rows,
-        draft_budget=sequence.draft.draft_budget,
-        pool_size=1,
-        chunk_size=config.chunk_size,
-        coverage=config.coverage,
-        selection=Selection(sequence.num_tokens),
-    )
-
-
-class SelectionObserver:
-    """Scores the observed rows against all of their keys, layer by layer, and keeps the best.
-
-    Sliding-window layers draft over the recent part of their own window instead.
-    """
-
-    def __init__(
-        self,
-        observations: Sequence[Observation],
-        layout: PagedLayout,
-        config: SelectionConfig,
-        backend: AttentionBackend,
-    ) -> None:
-        self._observations = observations
-        self._backend = backend
-        self._layout = layout
-        self._config = config
-        self._row_stops = np.cumsum(layout.query_lens)
-
-    @property
-    def num_sequences(self) -> int:
-        """See AttentionObserver."""
-        return len(self._observations)
-
-    def over(self, sequences: Sequence[int], layout: PagedLayout) -> "SelectionObserver":
-        """See AttentionObserver."""
-        places = {index: place for place, index in enumerate(sequences)}
-        observations = [
-            replace(observation, index=places[observation.index])
-            for observation in self._observations
-            if observation.index in places
-        ]
-        return SelectionObserver(observations, layout, self._config, self._backend)
-
-    def observe(
-        self,
-        layer: int,
-        query: torch.Tensor,  # [num_query_heads, num_rows, head_dim]
-        k_cache: torch.Tensor,  # [num_kv_heads, num_slots, head_dim]
-        *,
-        scaling: float,
-        sliding_window: int | None,
-        softcap: float | None,
-    ) -> None:
-        """See AttentionObserver."""
-        if sliding_window is not None:
-            return
-        for observation in self._observations:
-            stop = observation.selection.observed_len - self._config.num_recent_tokens
-            end = int(self._row_stops[observation.index])
-            rows = query[:, end - observation.num_rows : end]
-            mass = self._backend.mass(
-                rows, k_cache, self._layout, observation.index, scaling, softcap
-            )
-            budget = layer_budget(self._config, layer, observation.draft_budget)
-            first = self._config.num_sink_tokens
-            observation.selection.positions[layer] = select_top(
-                mass,
-                first,
-                max(stop, first),
-                budget - first - self._config.num_recent_tokens,
-                observation.pool_size,
-                observation.chunk_size,
-                observation.coverage,
-                self._backend.largest,
-            )

@@ -20,6 +20,7 @@ from magicdec.graphs.capture import KeptForward
 from magicdec.graphs.forward_graphs import MOST_ROWS, ForwardGraphs
 from magicdec.kernels.dispatch import AttentionBackend
 from magicdec.kernels.paged_layout import PagedLayout
+from magicdec.kernels.transfer import send
 from magicdec.kv_cache import PagedKVCache
 from magicdec.sampler import Proposal, SamplerRow
 
@@ -106,18 +107,21 @@ class TargetForward:
         is_short = np.array(query_lens) <= MOST_ROWS
         parts = [np.flatnonzero(~is_short).tolist(), np.flatnonzero(is_short).tolist()]
         chunks, others = (step.of_these(part) for part in parts)
-        # In this order the replay is launched while the chunks still run.
+        # In this order the chunks are launched while the replay still runs.
         logits = [
-            self._launched(chunks, _over(observers, parts[0], chunks)),
             self._replayed(others, _over(observers, parts[1], others), self._graphs),
+            self._launched(chunks, _over(observers, parts[0], chunks)),
         ]
-        order = [parts[0][i] for i in chunks.sampled()] + [parts[1][i] for i in others.sampled()]
+        order = [parts[1][i] for i in others.sampled()] + [parts[0][i] for i in chunks.sampled()]
         return _in_order(torch.cat(logits), order, step)
 
     def _launched(self, step: StepRows, observers: Sequence[AttentionObserver]) -> torch.Tensor:
         attention = PagedAttention(self._cache, step.layout, self._backend, observers)
         positions = row_positions(step.layout)
-        return self._forward(step.token_ids(), positions, attention, step.keep())
+        logits = self._forward(step.token_ids(), positions, attention, step.keep())
+        for observer in observers:
+            observer.finish()
+        return logits
 
     def _replayed(
         self, step: StepRows, observers: Sequence[AttentionObserver], graphs: ForwardGraphs
@@ -139,4 +143,4 @@ def _in_order(logits: torch.Tensor, order: list[int], step: StepRows) -> torch.T
     starts = np.cumsum(counts) - counts
     rows = [np.arange(starts[i], starts[i] + counts[i]) for i in np.argsort(order)]
     places = torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *rows]))
-    return logits.index_select(0, places.to(logits.device))
+    return logits.index_select(0, send(places, logits.device))

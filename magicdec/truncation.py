@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from magicdec.kernels.transfer import send
 from magicdec.types import SamplingParams
 from magicdec.vocabulary import Vocabulary
 
@@ -79,7 +80,7 @@ class _Limits:
             )
             for s in samplings
         ]
-        top_k, top_p, min_score = torch.tensor(columns, dtype=torch.float64).to(device).unbind(1)
+        top_k, top_p, min_score = send(torch.tensor(columns, dtype=torch.float64), device).unbind(1)
         return cls(top_k.long(), top_p, min_score.float())
 
     def of_rows(self, index: torch.Tensor) -> "_Limits":

@@ -16,14 +16,14 @@ from magicdec.graphs.draft_graphs import DraftGraphs, DraftRound
 from magicdec.kernels.dispatch import AttentionBackend
 from magicdec.kernels.paged_layout import PagedLayout
 from magicdec.kv_cache import PagedKVCache
-from magicdec.sampler import Proposal, SamplerRow
-from magicdec.sparse_kv import (
+from magicdec.observation import (
     Observation,
-    Selection,
     SelectionObserver,
     observe_prompt,
     observe_round,
 )
+from magicdec.sampler import Proposal, SamplerRow
+from magicdec.sparse_kv import Selection
 
 
 @dataclass(frozen=True, slots=True)

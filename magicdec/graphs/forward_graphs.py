@@ -21,6 +21,7 @@ from magicdec.attention import AttentionObserver
 from magicdec.graphs.capture import Capturer, Graph, KeptForward
 from magicdec.kernels.dispatch import AttentionBackend
 from magicdec.kernels.paged_layout import DeviceLayout, PagedLayout
+from magicdec.kernels.transfer import send
 from magicdec.kv_cache import PagedKVCache
 
 logger = logging.getLogger(__name__)
@@ -122,21 +123,22 @@ class GraphAttention:
         self._store(k_cache, v_cache, key, value, self._slots)
         return self._paged(query, k_cache, v_cache, self.layout, scaling, sliding_window, softcap)
 
-    def show(self, observers: Sequence[AttentionObserver], rows: torch.Tensor) -> None:
-        """The last forward's attention, of the `rows` that the observers know, in their order.
+    def show(self, observers: Sequence[AttentionObserver], row_starts: Sequence[int]) -> None:
+        """The last forward's attention, of sequences whose rows begin there.
 
         As good as while it ran: nothing has written to the pages since."""
-        for layer, attended in self._attended.items():
-            query = attended.query.index_select(1, rows)
-            for observer in observers:
+        for observer in observers:
+            shown = observer.rows(row_starts)
+            for layer, attended in self._attended.items():
                 observer.observe(
                     layer,
-                    query,
+                    [attended.query[:, rows] for rows in shown],
                     self._cache.k[layer],
                     scaling=attended.scaling,
                     sliding_window=attended.sliding_window,
                     softcap=attended.softcap,
                 )
+            observer.finish()
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,13 +236,11 @@ class ForwardGraphs:
         shape.write(captured.staging.numpy(), layout, token_ids.numpy())
         captured.step.buffer.copy_(captured.staging, non_blocking=True)
         captured.graph.replay()
-        if observers:
-            rows = torch.from_numpy(shape.rows(layout)).to(self._device)
-            captured.step.attention.show(observers, rows)
+        captured.step.attention.show(observers, range(0, shape.num_rows, tier))
         if len(keep) == shape.num_rows:  # nothing to send, and nothing to wait for
             return captured.logits.clone()
         kept = torch.from_numpy(shape.rows(layout)[keep.numpy()])
-        return captured.logits.index_select(0, kept.to(self._device))
+        return captured.logits.index_select(0, send(kept, self._device))
 
     def _capture(self, shape: Shape) -> _Captured:
         staging = self._capturer.staging(sum(shape.sizes), torch.int32)

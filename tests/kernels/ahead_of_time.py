@@ -38,6 +38,7 @@ _TYPES = {
     "best_values": "*fp64",
     "best_entries": "*i32",
     "keys": "*i64",
+    "distances": "*i64",
     "slots": "*i64",
     "steps": "*i32",
     "slot_mapping": "*i64",
@@ -51,7 +52,7 @@ _TYPES = {
     "softcap": "fp32",
     "epsilon": "fp32",
 }
-_INTEGERS = ("_stride", "batch", "step", "window", "first_block")
+_INTEGERS = ("_stride", "batch", "step", "window", "first_block", "split_keys")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,7 @@ def variants() -> list[Variant]:
         found.append(Variant(name, triton_merge.merge_splits, merge, types=types))
         mass = {**shape, "BLOCK_SIZE": 64, "BLOCK_M": 32}
         name = f"row lse, head of {head_dim}"
-        found.append(Variant(name, triton_mass._row_lse, {**mass, "SPLIT_KEYS": 512}))
+        found.append(Variant(name, triton_mass._row_lse, mass))
         found.append(Variant(f"key mass, head of {head_dim}", triton_mass._key_mass, mass))
     scores = {"scores": "*fp32"}
     found.append(Variant("choose", triton_gumbel._choose, {"BLOCKS": 128}, types=scores))

@@ -73,6 +73,7 @@ def test_scores_are_scaled_as_the_models_softmax_is() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(
+    num_layers=st.integers(1, 3),
     num_keys=st.integers(1, 90),
     kv_heads=st.integers(0, 3),
     first=st.integers(0, 20),
@@ -84,6 +85,7 @@ def test_scores_are_scaled_as_the_models_softmax_is() -> None:
     seed=st.integers(0, 10_000),
 )
 def test_the_choice_agrees_with_the_reference(
+    num_layers: int,
     num_keys: int,
     kv_heads: int,
     first: int,
@@ -95,27 +97,31 @@ def test_the_choice_agrees_with_the_reference(
     seed: int,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    mass = torch.rand(kv_heads, num_keys, generator=generator)
+    mass = torch.rand(num_layers, kv_heads, num_keys, generator=generator)
     first = min(first, num_keys)
     case = (mass, first, max(num_keys - recent, first), count, pool_size, chunk_size, coverage)
-    assert selection.select_top(*case).tolist() == reference.select_top(*case).tolist()
+    (chosen, needed), (expected, wanted) = selection.rank_top(*case), reference.rank_top(*case)
+    assert chosen.tolist() == expected.tolist()
+    assert needed.tolist() == wanted.tolist()
 
 
 def test_a_needle_is_chosen_for_the_head_that_attends_to_it() -> None:
     mass = torch.full((2, 1000), 0.001)
     mass[0, 300], mass[1, 700] = 5.0, 5.0
-    chosen = selection.select_top(mass, 16, 936, 5, pool_size=5)
-    assert sorted(chosen[0].tolist()) == [298, 299, 300, 301, 302]
-    assert sorted(chosen[1].tolist()) == [698, 699, 700, 701, 702]
+    for num_layers in (1, 2):  # two heads of a layer, or one of each
+        chosen, _ = selection.rank_top(mass.view(num_layers, -1, 1000), 16, 936, 5, pool_size=5)
+        needle, other = chosen.flatten(0, 1).tolist()
+        assert sorted(needle) == [298, 299, 300, 301, 302]
+        assert sorted(other) == [698, 699, 700, 701, 702]
 
 
 def test_coverage_stops_where_the_neediest_head_has_its_share() -> None:
     mass = torch.full((2, 100), 1e-6)
     mass[0, 50] = 1.0
     mass[1, 20:30] = 0.1
-    assert selection.select_top(mass, 0, 100, 60, coverage=0.75).shape == (2, 8)
-    assert selection.select_top(mass[:1], 0, 100, 60, coverage=0.75).shape == (1, 1)
-    assert selection.select_top(mass, 0, 100, 60).shape == (2, 60)
+    assert selection.rank_top(mass[None], 0, 100, 60, coverage=0.75)[1].tolist() == [8]
+    assert selection.rank_top(mass[:, None], 0, 100, 60, coverage=0.75)[1].tolist() == [1, 8]
+    assert selection.rank_top(mass[None], 0, 100, 60)[1].tolist() == [60]
 
 
 @settings(max_examples=100, deadline=None)

@@ -126,7 +126,7 @@ def test_a_rank_without_kv_heads_returns_nothing(device: torch.device, num_kv_he
     query = torch.zeros(0, 3, 64, device=device)
     attend = triton_attention.paged_attention
     assert attend(query, empty, empty, layout, 0.25).shape == (0, 3, 64)
-    assert triton_mass.attention_mass(query, empty, layout, 0, 0.25).shape == (0, 13)
+    assert triton_mass.attention_mass([query], [empty], layout, 0, 0.25).shape == (1, 0, 13)
     view = make_view(empty, empty, torch.zeros(0, 3, 4, dtype=torch.long, device=device), 2)
     mask = torch.zeros(3, 6, device=device)
     assert view.attend(query, query, query, 0, mask, 0.25).shape == (0, 3, 64)
@@ -187,6 +187,7 @@ def test_draft_steps_over_a_view_agree_with_the_reference(
     context_len=st.sampled_from([0, 30, 64, 511, 600]),
     query_len=st.integers(1, 40),
     shown=st.integers(1, 40),
+    num_layers=st.integers(1, 3),
     kv_heads=st.integers(1, 2),
     group_size=st.sampled_from([1, 3, 4]),
     head_dim=st.sampled_from([64, 80]),
@@ -199,6 +200,7 @@ def test_attention_mass_agrees_with_the_reference(
     context_len: int,
     query_len: int,
     shown: int,
+    num_layers: int,
     kv_heads: int,
     group_size: int,
     head_dim: int,
@@ -209,11 +211,21 @@ def test_attention_mass_agrees_with_the_reference(
     """Of the second sequence's last rows."""
     layout, num_blocks = make_layout([50, context_len], [3, query_len], 16, False, seed)
     rows = min(shown, query_len)
-    query = made_up(seed, dtype, device, kv_heads * group_size, rows, head_dim)
-    k_cache = made_up(seed + 1, dtype, device, kv_heads, num_blocks * 16, head_dim)
-    actual = triton_mass.attention_mass(query, k_cache, layout, 1, 0.125, softcap)
-    expected = reference.attention_mass(
-        query.float().cpu(), k_cache.float().cpu(), layout, 1, 0.125, softcap
+    heads = kv_heads * group_size
+    # Rows of a wider tensor, as a layer's projections leave them.
+    queries = [
+        made_up(seed + i, dtype, device, rows, heads + 1, head_dim)[:, :heads].transpose(0, 1)
+        for i in range(num_layers)
+    ]
+    pages = [
+        made_up(seed - i, dtype, device, kv_heads, num_blocks * 16, head_dim)
+        for i in range(num_layers)
+    ]
+    actual = triton_mass.attention_mass(queries, pages, layout, 1, 0.125, softcap)
+    expected = reference.layered_mass(
+        [query.float().cpu() for query in queries],
+        [k_cache.float().cpu() for k_cache in pages],
+        *(layout, 1, 0.125, softcap),
     )
     tolerance = TOLERANCES[dtype] * 10
     torch.testing.assert_close(actual.cpu(), expected, atol=tolerance, rtol=tolerance)

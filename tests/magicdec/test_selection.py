@@ -5,6 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,7 +21,8 @@ from magicdec.kernels import reference
 from magicdec.kernels.dispatch import REFERENCE
 from magicdec.kernels.paged_layout import PagedLayout
 from magicdec.kv_cache import LayerSpec, PagedKVCache
-from magicdec.sparse_kv import Observation, Selection, SelectionObserver
+from magicdec.observation import Observation, SelectionObserver
+from magicdec.sparse_kv import Selection
 from magicdec.types import SamplingParams
 from tests.conftest import EngineFactory, engine_config
 from tests.generation import random_prompts, requests_of, run, token_ids
@@ -95,9 +97,8 @@ def test_a_view_holds_sink_recent_window_and_the_heaviest_keys_within_its_budget
     observer = SelectionObserver(observations, observed, config, REFERENCE)
     query = torch.randn(4, sum(rows), 8, generator=generator) * 0.01
     for layer in range(3):
-        observer.observe(
-            layer, query, cache.k[layer], scaling=0.3, sliding_window=None, softcap=None
-        )
+        show(observer, layer, query, cache.k[layer], observed, scaling=0.3)
+    observer.finish()
     now = tuple(c + growth for c in context_lens)
     layout = PagedLayout((1,) * len(now), now, tables, block_size)
     attention = DraftAttention(
@@ -132,7 +133,6 @@ def test_an_observer_of_a_part_of_a_step_chooses_as_in_the_whole() -> None:
     query = torch.randn(4, 45, 8, generator=generator)
     pages = torch.randn(2, 12 * 16, 8, generator=generator)
     config = SelectionConfig(num_sink_tokens=2, num_recent_tokens=4)
-    limits: dict[str, Any] = {"scaling": 0.4, "sliding_window": None, "softcap": None}
 
     def observer() -> tuple[SelectionObserver, list[Selection]]:
         selections = [Selection(40), Selection(53)]
@@ -143,7 +143,8 @@ def test_an_observer_of_a_part_of_a_step_chooses_as_in_the_whole() -> None:
         return SelectionObserver(observations, whole, config, REFERENCE), selections
 
     seen, expected = observer()
-    seen.observe(0, query, pages, **limits)
+    show(seen, 0, query, pages, whole, scaling=0.4)
+    seen.finish()
     apart, selections = observer()
     for part, rows in (((1,), slice(2, 42)), ((0, 2), [0, 1, 42, 43, 44])):
         layout = PagedLayout(
@@ -154,10 +155,24 @@ def test_an_observer_of_a_part_of_a_step_chooses_as_in_the_whole() -> None:
         )
         one = apart.over(part, layout)
         assert one.num_sequences == 1
-        one.observe(0, query[:, rows], pages, **limits)
+        show(one, 0, query[:, rows], pages, layout, scaling=0.4)
+        one.finish()
     for found, wanted in zip(selections, expected, strict=True):
         assert torch.equal(found.positions[0], wanted.positions[0])
     assert apart.over((0,), whole).num_sequences == 0
+
+
+def show(
+    observer: SelectionObserver,
+    layer: int,
+    query: torch.Tensor,  # of the layout's rows
+    pages: torch.Tensor,
+    layout: PagedLayout,
+    scaling: float,
+) -> None:
+    starts = np.cumsum((0, *layout.query_lens[:-1])).tolist()
+    queries = [query[:, rows] for rows in observer.rows(starts)]
+    observer.observe(layer, queries, pages, scaling=scaling, sliding_window=None, softcap=None)
 
 
 def columns_of(attention: DraftAttention, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
