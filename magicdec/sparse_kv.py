@@ -65,6 +65,7 @@ class Selection:
     positions: dict[int, torch.Tensor] = field(default_factory=dict)
     _slots: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
     _counts: dict[tuple[int, ...], NDArray[np.int64]] = field(default_factory=dict)
+    _packed: "PackedSelection | None" = None
 
     def counts(self, layers: tuple[int, ...]) -> NDArray[np.int64]:
         """How many positions each of the layers has, [len(layers)]."""
@@ -93,11 +94,26 @@ class Selection:
             self._slots[layers] = blocks * block_size + positions % block_size
         return self._slots[layers]
 
-    def num_recent(self, config: SelectionConfig, context_len: int, num_keys: int) -> int:
-        """The recent window, grown by the tokens since, up to half of what the sink leaves."""
-        grown = config.num_recent_tokens + context_len - self.observed_len
-        most = (num_keys - config.num_sink_tokens) // 2
-        return max(min(grown, most), config.num_recent_tokens)
+    def packed(self, num_layers: int) -> "PackedSelection":
+        """Made once, since a selection serves many rounds: for whoever reads it on the device."""
+        if self._packed is None:
+            held = [self.positions.get(layer) for layer in range(num_layers)]
+            counts = [0 if own is None else own.shape[1] for own in held]
+            sizes = [0 if own is None else own.numel() for own in held]
+            parts = [own.flatten() for own in held if own is not None]
+            self._packed = PackedSelection(
+                torch.cat(parts) if parts else torch.empty(0, dtype=torch.long),
+                np.stack([np.cumsum(sizes) - sizes, counts], axis=1).astype(np.int32),
+            )
+        return self._packed
+
+
+@dataclass(frozen=True, slots=True)
+class PackedSelection:
+    """A selection's positions layer by layer, head by head."""
+
+    positions: torch.Tensor  # int64
+    places: NDArray[np.int32]  # [num_layers, 2]: where a layer's begin, and how many a head has
 
 
 @dataclass(frozen=True, slots=True)
