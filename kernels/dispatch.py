@@ -20,6 +20,7 @@ from magicdec.kernels.gumbel import GumbelArgmax, Winners, gumbel_argmax
 from magicdec.kernels.paged_layout import DeviceLayout, PagedLayout
 from magicdec.kernels.selection import LargestIndices, LayeredMass
 from magicdec.kernels.sparse_attention import CopiedView, MakeDeviceView, MakeView
+from magicdec.kernels.view_columns import ListColumns
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +109,7 @@ class AttentionBackend:
     store: StoreKv = kv_store.store_kv
     paged_on_device: PagedOnDevice | None = None
     view_on_device: MakeDeviceView | None = None
+    columns_on_device: ListColumns | None = None
     choose_on_device: ChooseOnDevice | None = None
 
 
@@ -183,6 +185,7 @@ def triton_backend() -> AttentionBackend:
         triton_mass,
         triton_steps,
         triton_view,
+        triton_view_columns,
     )
 
     return AttentionBackend(
@@ -193,6 +196,7 @@ def triton_backend() -> AttentionBackend:
         store=triton_steps.store_kv,
         paged_on_device=triton_attention.attend_on_device,
         view_on_device=triton_view.ListedView,
+        columns_on_device=triton_view_columns.list_columns,
         choose_on_device=triton_gumbel.choose_on_device,
     )
 

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from magicdec.kernels.transfer import send
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceLayout:
@@ -104,7 +106,7 @@ class PagedLayout:
             np.flatnonzero(~is_short),
             np.flatnonzero(np.repeat(is_short, query_lens)),
         )
-        whole = sent(np.concatenate(arrays).astype(np.int32), device)
+        whole = send(torch.from_numpy(np.concatenate(arrays).astype(np.int32)), device)
         parts = whole.split_with_sizes([len(array) for array in arrays])
         return DeviceLayout(
             row_starts=parts[0],

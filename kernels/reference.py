@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from magicdec.kernels.paged_layout import PagedLayout
+from magicdec.kernels.view_columns import ViewColumns
 
 _MASK64 = 2**64 - 1
 
@@ -71,6 +72,32 @@ def gathered_attention(
         for i in range(query.shape[1])
     ]
     return torch.cat(outputs, dim=1)
+
+
+def list_columns(slots: torch.Tensor, masks: torch.Tensor, columns: ViewColumns) -> None:
+    """See view_columns.ListColumns."""
+    num_layers, num_heads, batch, num_columns = slots.shape
+    size, sink = columns.block_size, columns.num_sink_tokens
+    slots.zero_()
+    masks[:, :, :num_columns] = float("-inf")
+    for sequence in range(batch):
+        _, most, context_len, start = columns.sequences[sequence].tolist()
+        table = columns.block_tables[start:].tolist()
+        for layer in range(num_layers):
+            num_selected, num_window, first, stride = columns.layers[sequence, layer].tolist()
+            skipped = context_len - num_window
+            window = [c if c < sink else c + skipped for c in range(num_window)]
+            masks[layer, sequence, : num_selected + num_window] = 0
+            for head in range(num_heads):
+                places = range(first + head * stride, first + head * stride + num_selected)
+                chosen = [int(columns.selected[sequence][p]) if p < most else 0 for p in places]
+                listed = [
+                    head * columns.num_slots + table[p // size] * size + p % size
+                    for p in chosen + window
+                ]
+                slots[layer, head, sequence, : len(listed)] = torch.tensor(
+                    listed, device=slots.device
+                )
 
 
 def attention_mass(

@@ -1,18 +1,17 @@
 """The attention of draft steps: one row a sequence over its view of the pages."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from magicdec.config import SelectionConfig
+from magicdec.draft_views import DraftViews
 from magicdec.kernels.dispatch import AttentionBackend
-from magicdec.kernels.paged_layout import PagedLayout
 from magicdec.kernels.sparse_attention import DraftView
 from magicdec.kv_cache import PagedKVCache
-from magicdec.sparse_kv import Selection, layer_budget, select_streaming
+from magicdec.sparse_kv import select_streaming
 
 _PADDING = -1  # the position of a column that no row sees
 
@@ -44,15 +43,6 @@ class _Columns:
         return self.layers.index(layer) if self.layers else 0
 
 
-@dataclass(frozen=True, slots=True)
-class LayerColumns:
-    """What a step of some layers reads; one entry that serves them all, or one a layer."""
-
-    layers: tuple[int, ...]
-    slots: torch.Tensor  # [1 or len(layers), num_kv_heads, batch, num_columns - draft_length]
-    mask: torch.Tensor  # additive [1 or len(layers), batch, num_columns]
-
-
 class DraftAttention:
     """The attention context of one round's draft steps.
 
@@ -60,37 +50,31 @@ class DraftAttention:
     pass computes those K/V again, in full.
     """
 
-    def __init__(
-        self,
-        cache: PagedKVCache,
-        layout: PagedLayout,  # context_lens: positions whose K/V are in the pages
-        backend: AttentionBackend,
-        config: SelectionConfig,
-        draft_length: int,  # steps of the round
-        draft_budgets: Sequence[int],  # a sequence
-        selections: Sequence[Selection | None],  # a sequence; None: streaming
-    ) -> None:
+    def __init__(self, cache: PagedKVCache, backend: AttentionBackend, views: DraftViews) -> None:
         self._cache = cache
-        self._layout = layout
         self._backend = backend
-        self._config = config
-        self._draft_length = draft_length
-        self._draft_budgets = draft_budgets
-        self._selections = selections
+        self._views = views
         self._windows: dict[tuple[bool, int | None], _Window] = {}
         self._columns: dict[tuple[bool, int | None, int], _Columns] = {}
         self._kernels: dict[int, DraftView] = {}
         self._masks: dict[_Columns, torch.Tensor] = {}
         self._step = -1
         self._device = cache.k[0].device
-        self._context_lens = torch.tensor(layout.context_lens, device=self._device)
-        self._tables = layout.padded_tables()
+
+    @cached_property
+    def _context_lens(self) -> torch.Tensor:
+        """On the device, as the rest of what attend() needs: steps may be attended elsewhere."""
+        return torch.tensor(self._views.layout.context_lens, device=self._device)
+
+    @cached_property
+    def _tables(self) -> NDArray[np.int64]:
+        return self._views.layout.padded_tables()
 
     def begin_step(self, step: int) -> torch.Tensor:
         """Moves to draft step 0, 1, ...; returns the rows' absolute positions, [batch]."""
         self._step = step
         self._masks = {}
-        return torch.tensor(self._layout.context_lens) + step
+        return torch.tensor(self._views.layout.context_lens) + step
 
     def attend(
         self,
@@ -109,19 +93,9 @@ class DraftAttention:
         if layer not in self._kernels:
             pages = self._cache.k[layer], self._cache.v[layer]
             slots = columns.slots[index]
-            self._kernels[layer] = self._backend.view(*pages, slots, self._draft_length)
+            self._kernels[layer] = self._backend.view(*pages, slots, self._views.draft_length)
         mask = masks[index if len(masks) > 1 else 0]
         return self._kernels[layer].attend(query, key, value, self._step, mask, scaling, softcap)
-
-    def columns(self) -> list[LayerColumns]:
-        """Of all layers of a model without windows, for whoever attends elsewhere."""
-        alike: dict[_Columns, list[int]] = {}
-        for layer in range(len(self._cache.k)):
-            alike.setdefault(self._columns_of(layer, None), []).append(layer)
-        return [
-            LayerColumns(tuple(layers), columns.slots, self._mask(columns))
-            for columns, layers in alike.items()
-        ]
 
     def _columns_of(self, layer: int, sliding_window: int | None) -> _Columns:
         key = (self._is_first(layer), sliding_window, self._cache.k[layer].shape[0])
@@ -131,19 +105,19 @@ class DraftAttention:
 
     def _gather(self, layer: int, sliding_window: int | None) -> _Columns:
         """For all layers alike at once: layer by layer it would take as long as a draft step."""
-        window = self._shared(layer, sliding_window)
+        window, selections = self._shared(layer, sliding_window), self._views.selections
         num_kv_heads, num_slots = self._cache.k[layer].shape[:2]
         heads = torch.arange(num_kv_heads, device=self._device)[:, None, None] * num_slots
         shared = heads + window.slots
         selecting = [
             (i, selection, limit)
             for i, (selection, limit) in enumerate(
-                zip(self._selections, window.num_selected, strict=True)
+                zip(selections, window.num_selected, strict=True)
             )
             if limit > 0 and selection is not None
         ]
         if not selecting:
-            none = torch.zeros(1, len(self._selections), dtype=torch.long, device=self._device)
+            none = torch.zeros(1, len(selections), dtype=torch.long, device=self._device)
             return _Columns(shared[None], (), none, window)
         layers = tuple(
             other
@@ -151,15 +125,15 @@ class DraftAttention:
             if self._is_first(other) == self._is_first(layer)
             and self._cache.k[other].shape[0] == num_kv_heads
         )
-        tables, size = self._layout.block_tables, self._layout.block_size
+        tables, size = self._views.layout.block_tables, self._views.layout.block_size
         chosen = [(i, s.slots(layers, tables[i], size)[:, :, :n]) for i, s, n in selecting]
         width = max(own.shape[2] for _, own in chosen)
         # What no sequence selects is hidden by the mask, yet read all the same.
-        padding = heads.expand(len(layers), -1, len(self._selections), width)
+        padding = heads.expand(len(layers), -1, len(selections), width)
         slots = torch.cat([padding, shared.expand(len(layers), -1, -1, -1)], dim=3)
         for i, own in chosen:
             slots[:, :, i, : own.shape[2]] = heads[:, 0] + own
-        counts = np.zeros((len(layers), len(self._selections)), dtype=np.int64)
+        counts = np.zeros((len(layers), len(selections)), dtype=np.int64)
         for i, selection, limit in selecting:
             counts[:, i] = np.minimum(selection.counts(layers), limit)
         if (counts == counts[0]).all():
@@ -167,7 +141,7 @@ class DraftAttention:
         return _Columns(slots, layers, torch.from_numpy(counts).to(self._device), window)
 
     def _is_first(self, layer: int) -> bool:
-        return layer < self._config.num_first_layers
+        return layer < self._views.config.num_first_layers
 
     def _shared(self, layer: int, sliding_window: int | None) -> _Window:
         key = (self._is_first(layer), sliding_window)
@@ -177,18 +151,7 @@ class DraftAttention:
 
     def _window(self, layer: int, sliding_window: int | None) -> _Window:
         """Sink and recent window of every sequence, and the room that its selection has."""
-        num_keys = np.array(
-            [layer_budget(self._config, layer, budget) for budget in self._draft_budgets]
-        )
-        num_keys -= self._draft_length
-        num_window = num_keys.copy()
-        for i, selection in enumerate(self._selections):
-            context_len = self._layout.context_lens[i]
-            if selection is None or layer not in selection.positions or context_len <= num_keys[i]:
-                continue
-            num_recent = selection.num_recent(self._config, context_len, int(num_keys[i]))
-            num_window[i] = self._config.num_sink_tokens + num_recent
-        num_selected = np.maximum(num_keys - num_window, 0)
+        num_window, num_selected = self._views.divide(layer)
         return self._pack(num_window, tuple(num_selected.tolist()), sliding_window)
 
     def _pack(
@@ -197,14 +160,14 @@ class DraftAttention:
         num_selected: tuple[int, ...],
         sliding_window: int | None,
     ) -> _Window:
-        size, starts = self._layout.block_size, np.array(self._layout.context_lens)
-        num_sink = self._config.num_sink_tokens
+        layout, num_sink = self._views.layout, self._views.config.num_sink_tokens
+        size, starts = layout.block_size, np.array(layout.context_lens)
         shared, counts = select_streaming(starts, num_window, num_sink, sliding_window)
         is_there = np.arange(shared.shape[1]) < counts[:, None]
         shared[~is_there] = 0
         blocks = np.take_along_axis(self._tables, shared // size, axis=1)
         slots = np.where(is_there, blocks * size + shared % size, 0)
-        own = starts[:, None] + np.arange(self._draft_length)
+        own = starts[:, None] + np.arange(self._views.draft_length)
         positions = np.concatenate([np.where(is_there, shared, _PADDING), own], axis=1)
         on_device = [torch.from_numpy(array).to(self._device) for array in (positions, slots)]
         return _Window(on_device[0], on_device[1], num_selected, sliding_window)

@@ -149,10 +149,10 @@ class SelectionObserver:
         self._shown = []
         if not ranked:
             return
-        counts = iter(torch.cat([own.needed for own in ranked]).tolist())
+        counts = torch.cat([own.needed for own in ranked]).tolist()
         for own in ranked:
-            for layer, positions in zip(own.layers, own.positions, strict=True):
-                own.selection.positions[layer] = positions[:, : next(counts)]
+            mine, counts = counts[: len(own.layers)], counts[len(own.layers) :]
+            own.selection.add(own.layers, own.positions, mine)
 
     def _num_keys(self, place: int) -> int:
         index = self._observations[place].index

@@ -127,8 +127,8 @@ class ModelRunner:
         # Of a sharded model the ranks' exchanges are launched from the host.
         is_whole = self._config.parallel.tensor_parallel_size == 1
         if is_whole and self._backend.paged_on_device is not None:
-            shared = self._cache, self._backend, Capturer(model.device)
-            graphs = ForwardGraphs(self.forward, *shared, self._max_model_len)
+            shared = self._cache, self._backend, Capturer(model.device), self._max_model_len
+            graphs = ForwardGraphs(self.forward, *shared)
             draft_graphs = DraftGraphs(self.forward, model.layers, *shared, self._rule.only_scales)
         self._target_forward = TargetForward(self.forward, self._cache, self._backend, graphs)
         self._drafters = build_drafters(

@@ -7,6 +7,7 @@
 tokens that came after it join the recent window until the next one.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -46,6 +47,13 @@ def layer_budget(config: SelectionConfig, layer: int, draft_budget: int) -> int:
     return draft_budget
 
 
+@dataclass(frozen=True, slots=True)
+class _Added:
+    layers: tuple[int, ...]
+    positions: torch.Tensor  # [len(layers), num_kv_heads, n]
+    counts: tuple[int, ...]
+
+
 @dataclass(slots=True)
 class Selection:
     """The keys that one sequence's attention weighed most when it was observed.
@@ -56,8 +64,17 @@ class Selection:
     observed_len: int  # tokens of the sequence then
     # By layer: [num_kv_heads, n], best first.
     positions: dict[int, torch.Tensor] = field(default_factory=dict)
+    _added: list[_Added] = field(default_factory=list)
     _slots: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
     _counts: dict[tuple[int, ...], NDArray[np.int64]] = field(default_factory=dict)
+    _packed: "PackedSelection | None" = None
+
+    def add(self, layers: tuple[int, ...], positions: torch.Tensor, counts: Sequence[int]) -> None:
+        """Of layers alike in KV heads, int64 [len(layers), num_kv_heads, n], best first; and how
+        many of them each layer takes."""
+        self._added.append(_Added(layers, positions.contiguous(), tuple(counts)))
+        for layer, own, count in zip(layers, positions, counts, strict=True):
+            self.positions[layer] = own[:, :count]
 
     def counts(self, layers: tuple[int, ...]) -> NDArray[np.int64]:
         """How many positions each of the layers has, [len(layers)]."""
@@ -86,8 +103,26 @@ class Selection:
             self._slots[layers] = blocks * block_size + positions % block_size
         return self._slots[layers]
 
-    def num_recent(self, config: SelectionConfig, context_len: int, num_keys: int) -> int:
-        """The recent window, grown by the tokens since, up to half of what the sink leaves."""
-        grown = config.num_recent_tokens + context_len - self.observed_len
-        most = (num_keys - config.num_sink_tokens) // 2
-        return max(min(grown, most), config.num_recent_tokens)
+    def packed(self, num_layers: int) -> "PackedSelection":
+        """Made once, since a selection serves many rounds: for whoever reads it on the device."""
+        if self._packed is None:
+            places = np.zeros((num_layers, 3), dtype=np.int32)
+            start = 0
+            for added in self._added:
+                size, width = added.positions[0].numel(), added.positions.shape[2]
+                for i, layer in enumerate(added.layers):
+                    places[layer] = start + i * size, width, added.counts[i]
+                start += added.positions.numel()
+            parts = [added.positions.flatten() for added in self._added]
+            positions = torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
+            self._packed = PackedSelection(positions, places)
+        return self._packed
+
+
+@dataclass(frozen=True, slots=True)
+class PackedSelection:
+    """A selection's positions layer by layer, head by head."""
+
+    positions: torch.Tensor  # int64
+    # [num_layers, 3]: where a layer's begin, how many lie there a head, and how many it takes.
+    places: NDArray[np.int32]

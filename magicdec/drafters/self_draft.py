@@ -11,6 +11,7 @@ from magicdec.attention import AttentionContext, AttentionObserver
 from magicdec.batch import ScheduledSequence
 from magicdec.config import SelectionConfig
 from magicdec.draft_attention import DraftAttention
+from magicdec.draft_views import DraftViews
 from magicdec.drafters.base import Forward, Propose
 from magicdec.graphs.draft_graphs import DraftGraphs, DraftRound
 from magicdec.kernels.dispatch import AttentionBackend
@@ -80,20 +81,18 @@ class SelfDrafter:
 
     def propose(self, sequences: list[ScheduledSequence]) -> list[tuple[Proposal, ...]]:
         """See Drafter.propose."""
-        num_steps = max(s.draft_length for s in sequences)
-        attention = DraftAttention(
-            self._cache,
+        views = DraftViews(
             draft_layout(sequences, self._cache.block_size),
-            self._backend,
             self._config,
-            num_steps,
+            max(s.draft_length for s in sequences),
             [s.draft.draft_budget for s in sequences if s.draft is not None],
             [self._selection(s) for s in sequences],
         )
+        attention = DraftAttention(self._cache, self._backend, views)
         if self._graphs is None:
             return draft_steps(sequences, attention, self._forward, self._propose)
         first_rows = [SamplerRow.after(s, ()) for s in sequences]
-        replayed = self._graphs.begin(attention, first_rows, num_steps)
+        replayed = self._graphs.begin(views, first_rows)
         if replayed is not None and replayed.chooses:
             return replay_steps(sequences, first_rows, replayed)
         return draft_steps(sequences, attention, replayed or self._forward, self._propose)

@@ -5,25 +5,28 @@
     holds     the view's slots   | the round's own tokens, a column a step
     replay    forward -> scores over temperature -> argmax with noise -> the next step's inputs
 
-A round copies its views' slots and masks to where the graph reads them, then its rows once: a step
-chooses its own token and leaves it where the next one reads. Where choosing takes more than that
-(draft_inputs.py) the host takes the logits, and copies its own choice there before the next step.
-The mask is that of the last step: a step sees its own tokens up to its own column.
+A round describes its views (view_inputs.py), of which one launch lists slots and masks where the
+graph reads them, and sends its rows once: a step chooses its own token and leaves it where the next
+one reads. Where choosing takes more than that (draft_inputs.py) the host takes the logits, and
+copies its own choice there before the next step. The round's own columns have no mask: a step sees
+them up to its own.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from magicdec.attention import AttentionContext
-from magicdec.draft_attention import DraftAttention, LayerColumns
+from magicdec.draft_views import DraftViews
 from magicdec.graphs.capture import Capturer, Graph, KeptForward
 from magicdec.graphs.draft_inputs import DraftInputs
+from magicdec.graphs.view_inputs import ViewInputs
 from magicdec.kernels.dispatch import AttentionBackend, ChooseOnDevice
 from magicdec.kernels.gumbel import unordered
 from magicdec.kernels.sparse_attention import DeviceView
+from magicdec.kernels.view_columns import ViewColumns
 from magicdec.kv_cache import LayerSpec, PagedKVCache
 from magicdec.sampler import SamplerRow, scaled_scores
 
@@ -44,8 +47,10 @@ class _GraphViews:
         width: int,
         step: torch.Tensor,  # int32 [1]
     ) -> None:
-        make_view = backend.view_on_device
+        make_view, list_columns = backend.view_on_device, backend.columns_on_device
         assert make_view is not None, f"{backend.name} reads its views on the host"
+        assert list_columns is not None, f"{backend.name} lists its views on the host"
+        self._list_columns = list_columns
         device, num_layers = cache.k[0].device, len(cache.k)
         most_heads = max(len(k) for k in cache.k)
         shape = (num_layers, most_heads, bucket, width)
@@ -78,16 +83,9 @@ class _GraphViews:
         view, mask = self._views[layer], self.masks[layer]
         return view.attend_at(query, key, value, self._step, mask, scaling, softcap)
 
-    def load(self, columns: Sequence[LayerColumns]) -> None:
-        """The round's views, all of its columns shown."""
-        width = self.slots.shape[3]
-        self.masks[:, :, :width] = float("-inf")
-        for alike in columns:
-            _, num_heads, batch, listed = alike.slots.shape
-            for layers, index in _runs(alike.layers):
-                slots, mask = (t if len(t) == 1 else t[index] for t in (alike.slots, alike.mask))
-                self.slots[layers, :num_heads, :batch, :listed] = slots
-                self.masks[layers, :batch, :listed] = mask[:, :, :listed]
+    def fill(self, columns: ViewColumns) -> None:
+        """The round's views, all of its own columns shown."""
+        self._list_columns(self.slots, self.masks, columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +177,7 @@ class DraftGraphs:
         cache: PagedKVCache,
         backend: AttentionBackend,
         capturer: Capturer,
+        max_model_len: int,
         may_choose: Callable[[list[SamplerRow]], bool],  # see VerificationRule.only_scales
     ) -> None:
         self._forward = forward
@@ -187,23 +186,26 @@ class DraftGraphs:
         self._backend = backend
         self._capturer = capturer
         self._may_choose = may_choose
+        blocks = -(-(max_model_len + MAX_STEPS + 1) // cache.block_size)
+        self._max_blocks = min(blocks, cache.num_blocks)
+        self._view_inputs: dict[int, ViewInputs] = {}  # by bucket
         self._captured: dict[tuple[int, int], _Captured] = {}
 
-    def begin(
-        self, attention: DraftAttention, rows: list[SamplerRow], num_steps: int
-    ) -> DraftRound | None:
+    def begin(self, views: DraftViews, rows: list[SamplerRow]) -> DraftRound | None:
         """What runs the steps of a round; None: not by graphs. `rows` are its first choices."""
-        if self._has_windows or num_steps > MAX_STEPS:
+        if self._has_windows or views.draft_length > MAX_STEPS:
             return None
-        attention.begin_step(num_steps - 1)
-        columns = attention.columns()
-        listed = max(alike.slots.shape[3] for alike in columns)
-        width = max(-(-listed // _WIDTH), 1) * _WIDTH
-        shape = 1 << (len(rows) - 1).bit_length(), width
-        if shape not in self._captured:
-            self._captured[shape] = self._capture(*shape)
-        self._captured[shape].step.views.load(columns)
-        return DraftRound(self._captured[shape], num_steps, self._may_choose(rows))
+        bucket = 1 << (len(rows) - 1).bit_length()
+        if bucket not in self._view_inputs:
+            inputs = ViewInputs(self._cache, self._capturer, bucket, self._max_blocks)
+            self._view_inputs[bucket] = inputs
+        inputs = self._view_inputs[bucket]
+        width = max(-(-inputs.write(views) // _WIDTH), 1) * _WIDTH
+        if (bucket, width) not in self._captured:
+            self._captured[bucket, width] = self._capture(bucket, width)
+        captured = self._captured[bucket, width]
+        captured.step.views.fill(inputs.send(views))
+        return DraftRound(captured, views.draft_length, self._may_choose(rows))
 
     def static_step(self, bucket: int, width: int) -> StaticDraftStep:
         choose = self._backend.choose_on_device
@@ -221,12 +223,3 @@ class DraftGraphs:
         logger.info("captured a draft step of %d rows over %d columns", bucket, width)
         staging = DraftInputs(self._capturer.staging(len(step.inputs.words), torch.int64))
         return _Captured(graph, step, staging, logits)
-
-
-def _runs(layers: tuple[int, ...]) -> Iterator[tuple[slice, slice]]:
-    """Layers that follow on one another, and where they stand in the tuple."""
-    first = 0
-    for i in range(1, len(layers) + 1):
-        if i == len(layers) or layers[i] != layers[i - 1] + 1:
-            yield slice(layers[first], layers[i - 1] + 1), slice(first, i)
-            first = i

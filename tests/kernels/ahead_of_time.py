@@ -23,6 +23,7 @@ from magicdec.kernels import (
     triton_merge,
     triton_steps,
     triton_view,
+    triton_view_columns,
 )
 from magicdec.kernels.triton_tiles import choose_num_warps
 
@@ -100,6 +101,10 @@ def variants() -> list[Variant]:
         name = f"row lse, head of {head_dim}"
         found.append(Variant(name, triton_mass._row_lse, mass))
         found.append(Variant(f"key mass, head of {head_dim}", triton_mass._key_mass, mass))
+    listed = {"sequences": "*i64", "layers": "*i32"}
+    constants = {"BLOCK_SIZE": 64, "BLOCK": 256}
+    kernel = triton_view_columns._list_columns
+    found.append(Variant("list a view's columns", kernel, constants, types=listed))
     scores = {"scores": "*fp32"}
     found.append(Variant("choose", triton_gumbel._choose, {"BLOCKS": 128}, types=scores))
     for has_residual, name in ((False, "rms norm of 4096"), (True, "sum and rms norm of 4096")):

@@ -15,6 +15,7 @@ from magicdec.batch import Plan
 from magicdec.config import OBSERVATION_WINDOW, SelectionConfig
 from magicdec.control.round_policy import FixedPolicy
 from magicdec.draft_attention import DraftAttention
+from magicdec.draft_views import DraftViews
 from magicdec.drafters.self_draft import POLICIES
 from magicdec.engine import Engine
 from magicdec.kernels import reference
@@ -101,15 +102,9 @@ def test_a_view_holds_sink_recent_window_and_the_heaviest_keys_within_its_budget
     observer.finish()
     now = tuple(c + growth for c in context_lens)
     layout = PagedLayout((1,) * len(now), now, tables, block_size)
-    attention = DraftAttention(
-        cache,
-        layout,
-        REFERENCE,
-        config,
-        draft_length,
-        [draft_budget] * len(now),
-        [o.selection for o in observations],
-    )
+    selections = [o.selection for o in observations]
+    views = DraftViews(layout, config, draft_length, [draft_budget] * len(now), selections)
+    attention = DraftAttention(cache, REFERENCE, views)
     attention.begin_step(-1)  # before anything is drafted
     for layer in range(3):
         view, visible = columns_of(attention, layer)
@@ -177,10 +172,9 @@ def show(
 
 def columns_of(attention: DraftAttention, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A layer's slots, [num_kv_heads, batch, num_listed], and which columns its rows see."""
-    (alike,) = [columns for columns in attention.columns() if layer in columns.layers]
-    index = alike.layers.index(layer)
-    slots, mask = (t[index if len(t) > 1 else 0] for t in (alike.slots, alike.mask))
-    return slots, mask == 0
+    columns = attention._columns_of(layer, None)
+    index, masks = columns.index(layer), attention._mask(columns)
+    return columns.slots[index], masks[index if len(masks) > 1 else 0] == 0
 
 
 def check_view(

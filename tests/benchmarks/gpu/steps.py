@@ -14,6 +14,7 @@ from magicdec.attention import PagedAttention, row_positions
 from magicdec.batch import ScheduledSequence
 from magicdec.config import SelectionConfig
 from magicdec.draft_attention import DraftAttention
+from magicdec.draft_views import DraftViews
 from magicdec.graphs.capture import Capturer
 from magicdec.graphs.draft_graphs import DraftGraphs, DraftRound
 from magicdec.graphs.forward_graphs import ForwardGraphs
@@ -117,8 +118,8 @@ class Steps:
         self._forwards: ForwardGraphs | None = None
         self._drafts: DraftGraphs | None = None
         if self._backend.paged_on_device is not None:
-            shared = self._cache, self._backend, Capturer(model.device)
-            self._forwards = ForwardGraphs(model.forward, *shared, context)
+            shared = self._cache, self._backend, Capturer(model.device), context
+            self._forwards = ForwardGraphs(model.forward, *shared)
             self._drafts = DraftGraphs(model.forward, model.layers, *shared, lambda rows: True)
 
     def floor_bytes(self, num_keys: int) -> int:
@@ -181,19 +182,18 @@ class Steps:
     def _drafting(self) -> tuple[float, float]:
         """Of a round's views, and of one of its steps: a share of all of them."""
         started = time.perf_counter()
-        attention = DraftAttention(
-            self._cache,
+        views = DraftViews(
             self._layout(1),
-            self._backend,
             SelectionConfig(),
             self._draft_length,
             [self._draft_budget] * self._batch,
             [None] * self._batch,
         )
+        attention = DraftAttention(self._cache, self._backend, views)
         rows = [SamplerRow(_GREEDY, self._context + 1, None, 1)] * self._batch
         replayed = None
         if self._drafts is not None:
-            replayed = self._drafts.begin(attention, rows, self._draft_length)
+            replayed = self._drafts.begin(views, rows)
         if self._model.device.type == "cuda":
             torch.cuda.synchronize(self._model.device)
         viewed = time.perf_counter() - started

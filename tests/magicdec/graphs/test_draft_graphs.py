@@ -1,6 +1,7 @@
 """A draft step as a graph captures it gives the logits of the steps that are not, and could be
 captured."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,8 +10,10 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from magicdec.config import SelectionConfig
 from magicdec.draft_attention import DraftAttention
+from magicdec.draft_views import DraftViews
 from magicdec.graphs.capture import Capturer
-from magicdec.graphs.draft_graphs import MAX_STEPS, DraftGraphs
+from magicdec.graphs.draft_graphs import MAX_STEPS, DraftGraphs, StaticDraftStep
+from magicdec.graphs.view_inputs import ViewInputs
 from magicdec.kernels.dispatch import triton_backend
 from magicdec.kv_cache import PagedKVCache
 from magicdec.model_loader import LoadedModel, describe_model
@@ -20,6 +23,7 @@ from magicdec.types import SamplingParams
 from tests.conftest import FAMILIES
 from tests.kernels.layouts import make_layout
 from tests.magicdec.graphs.captured_region import CapturedRegion, tensors_of
+from tests.magicdec.graphs.eager_capturer import EagerCapturer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKEND = triton_backend()
@@ -34,7 +38,7 @@ def loaded(family: str) -> LoadedModel:
     return describe_model(module.to(DEVICE), "float32")
 
 
-def made_up(model: LoadedModel) -> tuple[PagedKVCache, DraftAttention]:
+def made_up(model: LoadedModel) -> tuple[PagedKVCache, DraftViews]:
     """The third sequence has a selection, of other positions in every layer and head."""
     layout, num_blocks = make_layout(CONTEXT_LENS, [1, 1, 1], BLOCK_SIZE, False, 0)
     cache = PagedKVCache(model.layers, BLOCK_SIZE, num_blocks, torch.float32, DEVICE)
@@ -44,26 +48,33 @@ def made_up(model: LoadedModel) -> tuple[PagedKVCache, DraftAttention]:
     selection = Selection(CONTEXT_LENS[2])
     for layer, spec in enumerate(model.layers):
         orders = [torch.randperm(30, generator=generator)[:10] for _ in range(spec.num_kv_heads)]
-        selection.positions[layer] = (torch.stack(orders) + 2).to(DEVICE)
+        ranked = (torch.stack(orders) + 2).to(DEVICE)
+        selection.add((layer,), ranked[None], [ranked.shape[1]])
     budgets, selections = [BUDGET] * 3, [None, None, selection]
-    attention = DraftAttention(cache, layout, BACKEND, CONFIG, NUM_STEPS, budgets, selections)
-    return cache, attention
+    return cache, DraftViews(layout, CONFIG, NUM_STEPS, budgets, selections)
 
 
 def graphs_of(model: LoadedModel, cache: PagedKVCache) -> DraftGraphs:
     capturer = Capturer(DEVICE)
-    return DraftGraphs(model.forward, model.layers, cache, BACKEND, capturer, lambda rows: True)
+    limits = 90, lambda rows: True
+    return DraftGraphs(model.forward, model.layers, cache, BACKEND, capturer, *limits)
+
+
+def step_over(model: LoadedModel, cache: PagedKVCache, views: DraftViews) -> StaticDraftStep:
+    step = graphs_of(model, cache).static_step(bucket=4, width=256)
+    inputs = ViewInputs(cache, EagerCapturer(DEVICE), 4, 8)
+    assert inputs.write(views) == BUDGET - NUM_STEPS
+    step.views.fill(inputs.send(views))
+    return step
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_steps_give_the_logits_of_steps_that_are_not_captured(family: str) -> None:
     model = loaded(family)
-    cache, attention = made_up(model)
-    step = graphs_of(model, cache).static_step(bucket=4, width=256)
+    cache, views = made_up(model)
+    attention, step = DraftAttention(cache, BACKEND, views), step_over(model, cache, views)
     generator = torch.Generator().manual_seed(1)
-    attention.begin_step(NUM_STEPS - 1)
-    step.views.load(attention.columns())
     for number in range(NUM_STEPS):
         token_ids = torch.randint(model.vocab_size, (3,), generator=generator)
         positions = attention.begin_step(number)
@@ -75,10 +86,8 @@ def test_steps_give_the_logits_of_steps_that_are_not_captured(family: str) -> No
 @torch.inference_mode()
 def test_a_step_could_be_captured() -> None:
     model = loaded("llama")
-    cache, attention = made_up(model)
-    step = graphs_of(model, cache).static_step(bucket=4, width=256)
-    attention.begin_step(NUM_STEPS - 1)
-    step.views.load(attention.columns())
+    cache, views = made_up(model)
+    step = step_over(model, cache, views)
     with CapturedRegion([*tensors_of(model, cache), *step.static]):
         step()
 
@@ -88,6 +97,7 @@ def test_what_a_graph_does_not_hold_is_left_to_others() -> None:
     """Windows, which move with a step; and more steps than there are columns."""
     for family, num_steps in (("mistral_sliding", NUM_STEPS), ("llama", MAX_STEPS + 1)):
         model = loaded(family)
-        cache, attention = made_up(model)
+        cache, views = made_up(model)
+        views = replace(views, draft_length=num_steps)
         rows = [SamplerRow(SamplingParams(), 71, None, 4)]
-        assert graphs_of(model, cache).begin(attention, rows, num_steps) is None
+        assert graphs_of(model, cache).begin(views, rows) is None

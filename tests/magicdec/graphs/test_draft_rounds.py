@@ -10,6 +10,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from magicdec.batch import DraftChoice, ScheduledSequence
 from magicdec.config import SelectionConfig
 from magicdec.draft_attention import DraftAttention
+from magicdec.draft_views import DraftViews
 from magicdec.drafters.self_draft import draft_layout, draft_steps, replay_steps
 from magicdec.graphs.draft_graphs import DraftGraphs, DraftRound
 from magicdec.kernels.dispatch import triton_backend
@@ -66,6 +67,7 @@ class Case:
             self.cache,
             BACKEND,
             self.capturer,
+            90,
             self.rule.only_scales,
         )
 
@@ -87,13 +89,13 @@ class Case:
             for i, params in enumerate(sampling)
         ]
 
-    def attention(self, sequences: list[ScheduledSequence]) -> DraftAttention:
+    def views(self, sequences: list[ScheduledSequence]) -> DraftViews:
         layout, batch = draft_layout(sequences, BLOCK_SIZE), len(sequences)
         num_steps = max(s.draft_length for s in sequences)
-        budgets: list[int] = [BUDGET] * batch
-        return DraftAttention(
-            self.cache, layout, BACKEND, CONFIG, num_steps, budgets, [None] * batch
-        )
+        return DraftViews(layout, CONFIG, num_steps, [BUDGET] * batch, [None] * batch)
+
+    def attention(self, sequences: list[ScheduledSequence]) -> DraftAttention:
+        return DraftAttention(self.cache, BACKEND, self.views(sequences))
 
     def on_the_host(self, sequences: list[ScheduledSequence]) -> Drafts:
         attention = self.attention(sequences)
@@ -101,8 +103,7 @@ class Case:
 
     def begin(self, sequences: list[ScheduledSequence]) -> tuple[list[SamplerRow], DraftRound]:
         rows = [SamplerRow.after(s, ()) for s in sequences]
-        num_steps = max(s.draft_length for s in sequences)
-        replayed = self.graphs.begin(self.attention(sequences), rows, num_steps)
+        replayed = self.graphs.begin(self.views(sequences), rows)
         assert replayed is not None
         return rows, replayed
 

@@ -1,0 +1,97 @@
+"""A round's draft views as the host describes them: one buffer, sent in one copy.
+
+    sequences, layers   see ViewColumns
+    block_tables        of the sequences that there are, end to end; no more is sent than that
+
+The columns themselves are listed on the device.
+"""
+
+import numpy as np
+import torch
+
+from magicdec.draft_views import DraftViews
+from magicdec.graphs.capture import Capturer
+from magicdec.kernels.view_columns import ViewColumns
+from magicdec.kv_cache import PagedKVCache
+from magicdec.sparse_kv import PackedSelection
+
+_SEQUENCE_WORDS = 4
+_LAYER_WORDS = 2  # of four int32
+
+
+class ViewInputs:
+    """Of a bucket of sequences. What is written must be sent, and read on the device, before the
+    next round is written."""
+
+    def __init__(
+        self,
+        cache: PagedKVCache,
+        capturer: Capturer,
+        bucket: int,
+        max_blocks: int,  # of a sequence
+    ) -> None:
+        num_layers, device = len(cache.k), cache.k[0].device
+        self._cache = cache
+        num_words = bucket * (_SEQUENCE_WORDS + _LAYER_WORDS * num_layers + -(-max_blocks // 2))
+        self._staging = capturer.staging(num_words, torch.int64)
+        self.words = torch.zeros(num_words, dtype=torch.int64, device=device)
+        self._fixed = bucket * (_SEQUENCE_WORDS + _LAYER_WORDS * num_layers)
+        host, self._on_device = (
+            _sections(words, bucket, num_layers) for words in (self._staging, self.words)
+        )
+        self._sequences, self._layers, self._tables = (section.numpy() for section in host)
+        self._none = PackedSelection(self.words[:0], np.zeros((num_layers, 3), dtype=np.int32))
+
+    def write(self, views: DraftViews) -> int:
+        """The most columns that one of the layers and sequences lists."""
+        layout, batch, num_layers = views.layout, len(views.selections), len(self._cache.k)
+        held = [self._none if s is None else s.packed(num_layers) for s in views.selections]
+        sequences, layers = self._sequences, self._layers
+        sequences[batch:], layers[batch:] = 0, 0
+        lengths = np.array([len(table) for table in layout.block_tables])
+        sequences[:batch] = np.array(
+            [
+                [selection.positions.data_ptr() for selection in held],
+                [len(selection.positions) for selection in held],
+                layout.context_lens,
+                np.cumsum(lengths) - lengths,
+            ]
+        ).T
+        places = np.stack([selection.places for selection in held])
+        layers[:batch, :, 2:] = places[:, :, :2]
+        num_first = min(views.config.num_first_layers, num_layers)
+        for start, stop in ((0, num_first), (num_first, num_layers)):
+            if start == stop:
+                continue
+            num_window, num_selected = views.divide(start)
+            alike = layers[:batch, start:stop]
+            alike[:, :, 0] = np.minimum(places[:, start:stop, 2], num_selected[:, None])
+            alike[:, :, 1] = np.minimum(num_window, layout.context_lens)[:, None]
+        num_blocks = int(lengths.sum())
+        np.concatenate(layout.block_tables, out=self._tables[:num_blocks], casting="same_kind")
+        self._num_words = self._fixed + -(-num_blocks // 2)
+        self._selected = tuple(selection.positions for selection in held)
+        return int(layers[:batch, :, :2].sum(axis=2).max())
+
+    def send(self, views: DraftViews) -> ViewColumns:
+        """What write() described."""
+        self.words[: self._num_words].copy_(self._staging[: self._num_words], non_blocking=True)
+        return ViewColumns(
+            *self._on_device,
+            selected=self._selected,
+            num_sink_tokens=views.config.num_sink_tokens,
+            num_slots=self._cache.k[0].shape[1],
+            block_size=self._cache.block_size,
+        )
+
+
+def _sections(
+    words: torch.Tensor, bucket: int, num_layers: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    sizes = [bucket * _SEQUENCE_WORDS, bucket * num_layers * _LAYER_WORDS]
+    sequences, layers, tables = words.split_with_sizes([*sizes, len(words) - sum(sizes)])
+    return (
+        sequences.view(bucket, _SEQUENCE_WORDS),
+        layers.view(torch.int32).view(bucket, num_layers, 2 * _LAYER_WORDS),
+        tables.view(torch.int32),
+    )
