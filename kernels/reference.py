@@ -162,6 +162,29 @@ def silu_product(rows: torch.Tensor) -> torch.Tensor:
     return (gates * torch.sigmoid(gates) * rest).to(rows.dtype)
 
 
+def linear(
+    rows: torch.Tensor,  # [..., num_inputs]
+    weight: torch.Tensor,  # [num_outputs, num_inputs]
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,  # [..., num_outputs]
+) -> torch.Tensor:
+    """As torch's; added to the residual after it is rounded."""
+    products = rows.double() @ weight.double().T
+    if bias is not None:
+        products += bias.double()
+    output = products.to(rows.dtype)
+    return output if residual is None else residual + output
+
+
+def gated_linear(
+    rows: torch.Tensor,  # [..., num_inputs]
+    weight: torch.Tensor,  # [2 * num_dims, num_inputs]
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """silu_product of the linear."""
+    return silu_product(linear(rows, weight, bias))
+
+
 def random_words(
     seed: int, position: int, num_words: int, role: int = 0, step: int = 0
 ) -> NDArray[np.uint32]:

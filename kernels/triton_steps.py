@@ -4,13 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
+from magicdec.kernels.triton_tiles import rounded
+
 _BLOCK = 1024
-
-
-@triton.jit
-def _rounded(values, like):
-    """As transformers' modules round between their steps."""
-    return values.to(like.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit
@@ -32,11 +28,11 @@ def _rms_norm(
     entries = tl.load(rows + place, is_dim, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         entries += tl.load(residual + place, is_dim, other=0.0).to(tl.float32)
-        entries = _rounded(entries, summed)
+        entries = rounded(entries, summed)
         tl.store(summed + place, entries.to(summed.dtype.element_ty), is_dim)
     scale = tl.rsqrt(tl.sum(entries * entries, 0) / num_dims + epsilon)
     weights = tl.load(weight + dims, is_dim, other=0.0).to(tl.float32)
-    normed = weights * _rounded(entries * scale, output)
+    normed = weights * rounded(entries * scale, output)
     tl.store(output + place, normed.to(output.dtype.element_ty), is_dim)
 
 
@@ -54,9 +50,9 @@ def _rotate(rows, cosines, sines, row_stride, HEAD_DIM: tl.constexpr, BLOCK: tl.
     cos2 = tl.load(cosines + half + turns, is_half, other=0.0).to(tl.float32)
     sin1 = tl.load(sines + turns, is_half, other=0.0).to(tl.float32)
     sin2 = tl.load(sines + half + turns, is_half, other=0.0).to(tl.float32)
-    turned = _rounded(first * cos1, rows) - _rounded(second * sin1, rows)
+    turned = rounded(first * cos1, rows) - rounded(second * sin1, rows)
     tl.store(place, turned.to(rows.dtype.element_ty), is_half)
-    turned = _rounded(second * cos2, rows) + _rounded(first * sin2, rows)
+    turned = rounded(second * cos2, rows) + rounded(first * sin2, rows)
     tl.store(place + half, turned.to(rows.dtype.element_ty), is_half)
 
 
@@ -94,7 +90,7 @@ def _silu_product(rows, output, num_dims, BLOCK: tl.constexpr):
     is_dim = dims < num_dims
     gates = tl.load(rows + row * 2 * num_dims + dims, is_dim, other=0.0).to(tl.float32)
     rest = tl.load(rows + row * 2 * num_dims + num_dims + dims, is_dim, other=0.0).to(tl.float32)
-    product = _rounded(gates * tl.sigmoid(gates), output) * rest
+    product = rounded(gates * tl.sigmoid(gates), output) * rest
     tl.store(output + row * num_dims + dims, product.to(output.dtype.element_ty), is_dim)
 
 
