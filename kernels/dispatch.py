@@ -17,6 +17,7 @@ from magicdec.kernels.cpu_elementwise import CpuElementwise
 from magicdec.kernels.cpu_gumbel import CpuGumbelArgmax
 from magicdec.kernels.cpu_largest import CpuLargest
 from magicdec.kernels.gumbel import GumbelArgmax, Winners, gumbel_argmax
+from magicdec.kernels.head_norms import HeadNorms
 from magicdec.kernels.paged_layout import DeviceLayout, PagedLayout
 from magicdec.kernels.selection import LargestIndices
 from magicdec.kernels.sparse_attention import CopiedView, MakeDeviceView, MakeView
@@ -101,7 +102,12 @@ class Elementwise(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
     def rotate(
-        self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_heads: int
+        self,
+        rows: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        num_heads: int,
+        norms: HeadNorms | None = None,
     ) -> torch.Tensor: ...
 
     def silu_product(self, rows: torch.Tensor) -> torch.Tensor: ...

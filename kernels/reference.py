@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from magicdec.kernels.head_norms import HeadNorms
 from magicdec.kernels.paged_layout import PagedLayout
 
 _MASK64 = 2**64 - 1
@@ -145,12 +146,15 @@ def rotate(
     cos: torch.Tensor,  # [num_rows, head_dim]
     sin: torch.Tensor,
     num_heads: int,
+    norms: HeadNorms | None = None,
 ) -> torch.Tensor:
     """Rotary embedding (arXiv 2104.09864) of the first num_heads heads of every row, each turned
-    by halves as transformers has it."""
+    by halves as transformers has it, after its norm where there are any."""
     num_rows, head_dim = cos.shape
     size = num_heads * head_dim
     heads = rows[:, :size].view(num_rows, num_heads, head_dim)
+    if norms is not None:
+        heads = rms_norm(heads, norms.weights, norms.epsilon)
     first, second = heads.chunk(2, dim=-1)
     turned = heads * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
     return torch.cat([turned.flatten(1), rows[:, size:]], dim=1)

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from magicdec.kernels.head_norms import HeadNorms
 from magicdec.kernels.triton_tiles import rounded
 
 _BLOCK = 1024
@@ -37,15 +38,34 @@ def _rms_norm(
 
 
 @triton.jit
-def _rotate(rows, cosines, sines, row_stride, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
+def _rotate(
+    rows,
+    cosines,
+    sines,
+    norm_weights,
+    row_stride,
+    epsilon,
+    HAS_NORMS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
     halves = tl.arange(0, BLOCK)
     half = HEAD_DIM // 2
     is_half = halves < half
-    place = rows + row * row_stride + tl.program_id(1) * HEAD_DIM + halves
+    place = rows + row * row_stride + head * HEAD_DIM + halves
     turns = row * HEAD_DIM + halves
     first = tl.load(place, is_half, other=0.0).to(tl.float32)
     second = tl.load(place + half, is_half, other=0.0).to(tl.float32)
+    if HAS_NORMS:
+        squares = tl.sum(first * first, 0) + tl.sum(second * second, 0)
+        scale = tl.rsqrt(squares / HEAD_DIM + epsilon)
+        weights = norm_weights + head * HEAD_DIM + halves
+        weight1 = tl.load(weights, is_half, other=0.0).to(tl.float32)
+        weight2 = tl.load(weights + half, is_half, other=0.0).to(tl.float32)
+        first = rounded(weight1 * rounded(first * scale, rows), rows)
+        second = rounded(weight2 * rounded(second * scale, rows), rows)
     cos1 = tl.load(cosines + turns, is_half, other=0.0).to(tl.float32)
     cos2 = tl.load(cosines + half + turns, is_half, other=0.0).to(tl.float32)
     sin1 = tl.load(sines + turns, is_half, other=0.0).to(tl.float32)
@@ -117,7 +137,12 @@ class TritonElementwise:
         return output, summed
 
     def rotate(
-        self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_heads: int
+        self,
+        rows: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        num_heads: int,
+        norms: HeadNorms | None = None,
     ) -> torch.Tensor:
         """See reference.rotate; `rows` themselves are rotated and returned."""
         num_rows, head_dim = cos.shape
@@ -125,7 +150,10 @@ class TritonElementwise:
             rows,
             cos.contiguous(),
             sin.contiguous(),
+            cos if norms is None else norms.weights,
             rows.stride(0),
+            0.0 if norms is None else norms.epsilon,
+            HAS_NORMS=norms is not None,
             HEAD_DIM=head_dim,
             BLOCK=triton.next_power_of_2(head_dim // 2),
             num_warps=1,

@@ -9,6 +9,7 @@ from torch import nn
 
 from magicdec.attention import AttentionContext
 from magicdec.kernels.dispatch import Elementwise
+from magicdec.kernels.head_norms import HeadNorms
 
 
 class FusedRmsNorm(nn.Module):
@@ -19,17 +20,17 @@ class FusedRmsNorm(nn.Module):
     def __init__(self, weight: torch.Tensor, epsilon: float, kernels: Elementwise) -> None:
         super().__init__()
         self.register_buffer("weight", weight.contiguous())
-        self._epsilon = epsilon
+        self.epsilon = epsilon
         self._kernels = kernels
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        return self._kernels.rms_norm(rows, self.weight, self._epsilon)
+        return self._kernels.rms_norm(rows, self.weight, self.epsilon)
 
     def after_sum(
         self, rows: torch.Tensor, residual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the norm of their sum, and the sum."""
-        return self._kernels.add_rms_norm(rows, residual, self.weight, self._epsilon)
+        return self._kernels.add_rms_norm(rows, residual, self.weight, self.epsilon)
 
 
 class FusedMlp(nn.Module):
@@ -56,14 +57,16 @@ class Asked:
 
 
 class FusedAttention(nn.Module):
-    """One linear for query, key and value, norms of their heads where it has any, then the
-    rotation, then the context."""
+    """One linear for query, key and value, norms of their heads where it has any with the rotation,
+    then the context."""
+
+    norm_weights: torch.Tensor | None  # [heads that rotate, head_dim]
 
     def __init__(
         self,
         attention: Any,
         asked: Asked,
-        norms: Sequence[nn.Module | None],  # of query and key, or none
+        norms: Sequence[FusedRmsNorm],  # of query and key, of one epsilon, or none
         kernels: Elementwise,
     ) -> None:
         super().__init__()
@@ -72,7 +75,10 @@ class FusedAttention(nn.Module):
         query, key, _ = asked.states
         self._layer, self._limits = asked.layer, asked.limits
         self._num_heads, self._num_kv_heads, self._head_dim = len(query), len(key), query.shape[2]
-        self.q_norm, self.k_norm = norms or (None, None)
+        counts = (self._num_heads, self._num_kv_heads)
+        parts = [norm.weight.expand(n, -1) for norm, n in zip(norms, counts, strict=False)]
+        self.register_buffer("norm_weights", torch.cat(parts) if parts else None)
+        self._epsilon = norms[0].epsilon if norms else 0.0
         self._kernels = kernels
 
     def forward(
@@ -95,16 +101,11 @@ class FusedAttention(nn.Module):
         self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         """Query, key and value, [heads, num_rows, head_dim] each."""
-        sizes = (self._num_heads, self._num_kv_heads, self._num_kv_heads)
-        if self.q_norm is None or self.k_norm is None:
-            rows = self._kernels.rotate(rows, cos, sin, self._num_heads + self._num_kv_heads)
-            heads = rows.view(len(rows), -1, self._head_dim).transpose(0, 1)
-            return heads.split_with_sizes(sizes)
-        parts = rows.view(len(rows), -1, self._head_dim).split_with_sizes(sizes, dim=1)
-        query, key = self.q_norm(parts[0]), self.k_norm(parts[1])
-        for part in (query, key):
-            self._kernels.rotate(part.flatten(1), cos, sin, part.shape[1])
-        return query.transpose(0, 1), key.transpose(0, 1), parts[2].transpose(0, 1)
+        weights = self.norm_weights
+        norms = None if weights is None else HeadNorms(weights, self._epsilon)
+        rows = self._kernels.rotate(rows, cos, sin, self._num_heads + self._num_kv_heads, norms)
+        heads = rows.view(len(rows), -1, self._head_dim).transpose(0, 1)
+        return heads.split_with_sizes((self._num_heads, self._num_kv_heads, self._num_kv_heads))
 
 
 class FusedDecoderLayer(nn.Module):

@@ -108,7 +108,7 @@ def _fusion_around(module: nn.Module) -> Any:
     return _fused_layer if type(parts["post_attention_layernorm"]) is FusedRmsNorm else None
 
 
-def _fused_norm(norm: Any, turned: set[int], kernels: Elementwise) -> nn.Module | None:
+def _fused_norm(norm: Any, turned: set[int], kernels: Elementwise) -> FusedRmsNorm | None:
     settings = vars(norm)
     epsilon = settings.get("variance_epsilon", settings.get("eps"))
     weight = norm._parameters.get("weight")
@@ -133,8 +133,9 @@ def _fused_attention(attention: Any, turned: set[int], kernels: Elementwise) -> 
         return None
     turns = _turns(head_dim, kernels)
     children = dict(attention.named_children())
-    norms = [_fused_norm(children[name], turned, kernels) for name in _NORMS if name in children]
-    if None in norms:
+    found = [_fused_norm(children[name], turned, kernels) for name in _NORMS if name in children]
+    norms = [norm for norm in found if norm is not None]
+    if len(norms) < len(found) or len({norm.epsilon for norm in norms}) > 1:
         return None
     fused = None
     for rows in _trials(attention.q_proj.in_features, kernels):
@@ -147,10 +148,10 @@ def _fused_attention(attention: Any, turned: set[int], kernels: Elementwise) -> 
         )
         (asked,) = expected.asked
         fused = fused or FusedAttention(attention, asked, norms, kernels)
-        found, _ = fused(rows, turns, attention_context=actual)
+        result, _ = fused(rows, turns, attention_context=actual)
         pairs = zip(actual.asked[0].states, asked.states, strict=True)
         states_agree = all(_agree(one, other, True) for one, other in pairs)
-        if not (_agree(found, output, True) and states_agree):
+        if not (_agree(result, output, True) and states_agree):
             return None
     return fused
 

@@ -108,8 +108,9 @@ def variants() -> list[Variant]:
     for has_residual, name in ((False, "rms norm of 4096"), (True, "sum and rms norm of 4096")):
         norm = {"HAS_RESIDUAL": has_residual, "BLOCK": 4096}
         found.append(Variant(name, triton_steps._rms_norm, norm))
-    rotation = {"HEAD_DIM": 128, "BLOCK": 64}
-    found.append(Variant("rotate", triton_steps._rotate, rotation, num_warps=1))
+    for has_norms, name in ((False, "rotate"), (True, "norm and rotate")):
+        rotation = {"HAS_NORMS": has_norms, "HEAD_DIM": 128, "BLOCK": 64}
+        found.append(Variant(name, triton_steps._rotate, rotation, num_warps=1))
     stored = {"HEAD_DIM": 128, "BLOCK": 128}
     found.append(Variant("store", triton_steps._store_kv, stored, num_warps=1))
     found.append(Variant("silu product", triton_steps._silu_product, {"BLOCK": 1024}))
