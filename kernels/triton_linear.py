@@ -9,6 +9,7 @@ where the sums are, and a row's result does not depend on the rows beside it.
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import driver
 
 from magicdec.kernels.triton_tiles import rounded
 
@@ -105,22 +106,26 @@ def _gated_linear(
     tl.store(output + place, product.to(output.dtype.element_ty), (places < num_rows)[None, :])
 
 
-def fits(num_rows: int, weight: torch.Tensor) -> bool:
-    """Whether there is a kernel for so many rows and a weight [num_outputs, num_inputs]: whole
-    tiles of a matrix that has its rows back to back."""
-    num_outputs, num_inputs = weight.shape
-    whole = num_outputs % BLOCK_N == 0 and num_inputs % BLOCK_K == 0
-    return 0 < num_rows <= MOST_ROWS and whole and weight.is_contiguous()
-
-
 class TritonLinear:
-    """Of one GPU; weights are there, of what `fits`, and rows of their dtype."""
+    """Of one GPU; rows and weights are there, of one dtype, and `fit`."""
 
     def __init__(self, device: torch.device) -> None:
-        self._shared_bytes = 0  # that a program may take; of none in the interpreter
+        self._shared_bytes = 0  # that a program may take; there are none in the interpreter
         if device.type == "cuda":
-            properties = torch.cuda.get_device_properties(device)
-            self._shared_bytes = properties.shared_memory_per_block_optin
+            utils = driver.active.utils
+            index = torch.cuda.current_device() if device.index is None else device.index
+            self._shared_bytes = utils.get_device_properties(index)["max_shared_mem"]
+
+    def fits(self, num_rows: int, weight: torch.Tensor) -> bool:
+        """Few rows, and whole tiles of a matrix [num_outputs, num_inputs] that has its own back to
+        back."""
+        num_outputs, num_inputs = weight.shape
+        whole = num_outputs % BLOCK_N == 0 and num_inputs % BLOCK_K == 0
+        return 0 < num_rows <= MOST_ROWS and whole and weight.is_contiguous()
+
+    def tile_rows(self, num_rows: int) -> int:
+        """Of the tile that so many rows are multiplied in."""
+        return 16 if num_rows <= 16 else 32
 
     def linear(
         self,
@@ -165,15 +170,10 @@ class TritonLinear:
 
     def _tile(self, num_rows: int, weight: torch.Tensor) -> dict[str, int]:
         """A launch's constants and options."""
-        block_m = tile_rows(num_rows)
+        block_m = self.tile_rows(num_rows)
         num_stages = choose_num_stages(block_m, weight.element_size(), self._shared_bytes)
         constants = {"BLOCK_M": block_m, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K}
         return {**constants, "num_warps": NUM_WARPS, "num_stages": num_stages}
-
-
-def tile_rows(num_rows: int) -> int:
-    """Of the tile that so many rows are multiplied in."""
-    return 16 if num_rows <= 16 else 32
 
 
 def choose_num_stages(block_m: int, element_bytes: int, shared_bytes: int) -> int:

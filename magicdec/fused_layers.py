@@ -1,6 +1,6 @@
 """What stands for a layer's modules where its small steps are compiled (fused_modules.py)."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from magicdec.attention import AttentionContext
-from magicdec.kernels.dispatch import Elementwise
 from magicdec.kernels.head_norms import HeadNorms
+from magicdec.kernels.layer_dispatch import Elementwise, FewRowLinears
 
 
 class FusedRmsNorm(nn.Module):
@@ -33,18 +33,62 @@ class FusedRmsNorm(nn.Module):
         return self._kernels.add_rms_norm(rows, residual, self.weight, self.epsilon)
 
 
+class FewRowLinear(nn.Linear):
+    """An nn.Linear, of its own weight, by a kernel where that is faster for so few rows."""
+
+    def __init__(self, linear: nn.Linear, kernels: FewRowLinears, tiles: Collection[int]) -> None:
+        """`tiles`: of FewRowLinears.tile_rows, those that the kernel is faster for."""
+        bias = linear.bias is not None
+        super().__init__(linear.in_features, linear.out_features, bias, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self._kernels, self._tiles = kernels, tiles
+
+    def takes(self, rows: torch.Tensor) -> bool:
+        """Whether these rows go to the kernel."""
+        num_rows = rows.numel() // self.in_features
+        fits = self._kernels.fits(num_rows, self.weight)
+        return fits and self._kernels.tile_rows(num_rows) in self._tiles
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        if self.takes(rows):
+            return self._kernels.linear(rows, self.weight, self.bias)
+        return super().forward(rows)
+
+    def summed(self, rows: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """Of rows that it `takes`: the residual and their linear."""
+        return self._kernels.linear(rows, self.weight, self.bias, residual)
+
+    def gated(self, rows: torch.Tensor) -> torch.Tensor:
+        """Of rows that it `takes`: Elementwise.silu_product of their linear."""
+        return self._kernels.gated_linear(rows, self.weight, self.bias)
+
+
 class FusedMlp(nn.Module):
     """down_proj(silu(gate_proj(x)) * up_proj(x))"""
 
     def __init__(self, mlp: Any, kernels: Elementwise) -> None:
         super().__init__()
         self.gate_up_proj = _joined([mlp.gate_proj, mlp.up_proj])
-        self.down_proj = mlp.down_proj
+        self.down_proj: nn.Linear = mlp.down_proj
         self._kernels = kernels
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = self.down_proj(self._kernels.silu_product(self.gate_up_proj(rows)))
+        output: torch.Tensor = self.down_proj(self._gated(rows))
         return output
+
+    def summed(self, rows: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """residual + forward(rows)"""
+        gated, down = self._gated(rows), self.down_proj
+        if isinstance(down, FewRowLinear) and down.takes(gated):
+            return down.summed(gated, residual)
+        output: torch.Tensor = residual + down(gated)
+        return output
+
+    def _gated(self, rows: torch.Tensor) -> torch.Tensor:
+        linear = self.gate_up_proj
+        if isinstance(linear, FewRowLinear) and linear.takes(rows):
+            return linear.gated(rows)
+        return self._kernels.silu_product(linear(rows))
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +167,8 @@ class FusedDecoderLayer(nn.Module):
     def forward(self, hidden_states: torch.Tensor, **kwargs: object) -> torch.Tensor:
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         normed, summed = self.post_attention_layernorm.after_sum(attended, hidden_states)
+        if isinstance(self.mlp, FusedMlp):
+            return self.mlp.summed(normed, summed)
         gated: torch.Tensor = self.mlp(normed)
         return summed + gated
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from magicdec.attention import ATTENTION_NAME, register_attention
+from magicdec.few_rows import serve_few_rows
 from magicdec.fused_layers import (
     Asked,
     FusedAttention,
@@ -20,7 +21,8 @@ from magicdec.fused_layers import (
     FusedRmsNorm,
 )
 from magicdec.kernels.cpu_elementwise import DIMS_MULTIPLE
-from magicdec.kernels.dispatch import Elementwise
+from magicdec.kernels.layer_dispatch import Elementwise, select_few_row_linears
+from magicdec.kernels.linear_trials import ColdTimer
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +48,8 @@ class _Recorder:
 
 @torch.inference_mode()
 def fuse_modules(model: Any, kernels: Elementwise) -> None:
-    """Replaces what may be replaced below a model of transformers on the kernels' device."""
+    """Replaces what may be replaced below a model of transformers on the kernels' device, then the
+    linears that are left, where few rows have a kernel."""
     register_attention()
     model.set_attn_implementation(ATTENTION_NAME)
     # Of what the model turns by: half of it, where only a part of each head rotates.
@@ -56,6 +59,9 @@ def fuse_modules(model: Any, kernels: Elementwise) -> None:
     kinds = (FusedRmsNorm, FusedMlp, FusedAttention, FusedDecoderLayer)
     counts = ", ".join(f"{found.count(kind)} {kind.__name__}" for kind in kinds)
     logger.info("%s; %d left as they are", counts, found.count(None))
+    linears = select_few_row_linears(kernels.device, kernels.dtype)
+    if linears is not None:
+        serve_few_rows(model, linears, kernels, ColdTimer(kernels.device))
 
 
 def _fuse_below(

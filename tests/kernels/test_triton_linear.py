@@ -49,7 +49,7 @@ def test_a_linear_agrees_with_the_reference(
     rows = made_up(1, num_rows, num_inputs, seed=seed, dtype=dtype, device=device)
     weight = made_up(num_outputs, num_inputs, seed=1, dtype=dtype, device=device)
     weight /= num_inputs**0.5
-    assert triton_linear.fits(num_rows, weight)
+    assert TritonLinear(device).fits(num_rows, weight)
     bias = made_up(num_outputs, seed=2, dtype=dtype, device=device) if has_bias else None
     residual = made_up(1, num_rows, num_outputs, seed=3, dtype=dtype, device=device)
     case = (rows, weight, bias, residual if has_residual else None)
@@ -79,7 +79,7 @@ def test_a_gated_linear_agrees_with_the_reference(
     rows = made_up(num_rows, num_inputs, seed=seed, dtype=dtype, device=device)
     weight = made_up(2 * num_dims, num_inputs, seed=1, dtype=dtype, device=device)
     weight /= num_inputs**0.5
-    assert triton_linear.fits(num_rows, weight)
+    assert TritonLinear(device).fits(num_rows, weight)
     bias = made_up(2 * num_dims, seed=2, dtype=dtype, device=device) if has_bias else None
     actual = TritonLinear(device).gated_linear(rows, weight, bias)
     expected = reference.gated_linear(rows, weight, bias)
@@ -113,9 +113,12 @@ def test_a_sum_is_of_what_was_rounded(device: torch.device) -> None:
 @pytest.mark.parametrize(
     ("num_rows", "shape"), [(0, (64, 128)), (33, (64, 128)), (1, (96, 128)), (1, (64, 192))]
 )
-def test_other_sizes_do_not_fit(num_rows: int, shape: tuple[int, int]) -> None:
-    assert not triton_linear.fits(num_rows, torch.empty(shape))
-    assert not triton_linear.fits(1, torch.empty(128, 64).T)
+def test_other_sizes_do_not_fit(
+    device: torch.device, num_rows: int, shape: tuple[int, int]
+) -> None:
+    kernel = TritonLinear(device)
+    assert not kernel.fits(num_rows, torch.empty(shape))
+    assert not kernel.fits(1, torch.empty(128, 64).T)
 
 
 def test_stages_fit_the_shared_memory() -> None:

@@ -13,7 +13,7 @@ from magicdec.fused_layers import FusedAttention, FusedDecoderLayer, FusedMlp, F
 from magicdec.fused_modules import fuse_modules
 from magicdec.kernels.compiled import compiled_library
 from magicdec.kernels.cpu_linear import pack_linears
-from magicdec.kernels.dispatch import select_elementwise
+from magicdec.kernels.layer_dispatch import select_elementwise
 from magicdec.model_loader import LoadedModel, describe_model
 from tests.conftest import FAMILIES
 
