@@ -80,7 +80,7 @@ def _gated_linear(
     bias,
     output,
     num_rows,
-    num_dims,
+    num_outputs,  # of gates, and of what they let through
     num_inputs,
     HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -93,7 +93,7 @@ def _gated_linear(
     first = tl.program_id(0) * half
     inner = tl.arange(0, BLOCK_N)
     dims = first + inner // 16 * 8 + inner % 8
-    outputs = dims + inner // 8 % 2 * num_dims
+    outputs = dims + inner // 8 % 2 * num_outputs
     sums = _products(rows, weight, outputs, num_rows, num_inputs, BLOCK_M, BLOCK_N, BLOCK_K)
     if HAS_BIAS:
         sums += tl.load(bias + outputs).to(tl.float32)[:, None]
@@ -102,7 +102,7 @@ def _gated_linear(
     product = rounded(gates * tl.sigmoid(gates), output) * rest
     product = tl.reshape(product, [half, BLOCK_M])
     places = tl.arange(0, BLOCK_M)
-    place = places[None, :] * num_dims + (first + tl.arange(0, half))[:, None]
+    place = places[None, :] * num_outputs + (first + tl.arange(0, half))[:, None]
     tl.store(output + place, product.to(output.dtype.element_ty), (places < num_rows)[None, :])
 
 

@@ -108,7 +108,7 @@ def test_a_fused_model_gives_the_models_logits(family: str) -> None:
     assert packed and not any(type(child) is nn.Linear for child in module.modules())
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral_sliding", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "mistral_sliding", "qwen2", "qwen3"])
 def test_a_bfloat16_model_is_fused_too(family: str) -> None:
     module = made(family).bfloat16()
     expected = logits(describe_model(module, "bfloat16"))
