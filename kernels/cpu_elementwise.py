@@ -4,6 +4,8 @@ import ctypes
 
 import torch
 
+from magicdec.kernels.head_norms import HeadNorms
+
 DIMS_MULTIPLE = 32  # of heads that rotate; norms and gates are content with half of it
 _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
 
@@ -23,8 +25,9 @@ class RotateCall(ctypes.Structure):
     """As in calls.h."""
 
     _fields_ = (
-        *((name, _POINTER) for name in ("rows", "cos", "sin")),
+        *((name, _POINTER) for name in ("rows", "cos", "sin", "norm_weights")),
         *((name, _INT) for name in ("num_rows", "row_stride", "num_heads", "head_dim")),
+        ("epsilon", ctypes.c_float),
         ("num_threads", ctypes.c_int32),
     )
 
@@ -80,7 +83,12 @@ class CpuElementwise:
         return output, summed
 
     def rotate(
-        self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_heads: int
+        self,
+        rows: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        num_heads: int,
+        norms: HeadNorms | None = None,
     ) -> torch.Tensor:
         """See reference.rotate; `rows` themselves are rotated and returned."""
         cos, sin = cos.contiguous(), sin.contiguous()
@@ -94,6 +102,8 @@ class CpuElementwise:
             head_dim=cos.shape[1],
             num_threads=torch.get_num_threads(),
         )
+        if norms is not None:
+            call.norm_weights, call.epsilon = norms.weights.data_ptr(), norms.epsilon
         self._rotate(ctypes.byref(call))
         return rows
 

@@ -13,7 +13,6 @@ from magicdec.kernels.attention_trials import chunk_seconds, difference_of
 from magicdec.kernels.compiled import compiled_library
 from magicdec.kernels.cpu_attention import CpuAttention
 from magicdec.kernels.cpu_attention_mass import CpuAttentionMass
-from magicdec.kernels.cpu_elementwise import CpuElementwise
 from magicdec.kernels.cpu_gumbel import CpuGumbelArgmax
 from magicdec.kernels.cpu_largest import CpuLargest
 from magicdec.kernels.gumbel import GumbelArgmax, Winners, gumbel_argmax
@@ -75,27 +74,6 @@ class StoreKv(Protocol):
     ) -> None: ...
 
 
-class Elementwise(Protocol):
-    """What stands between linears, of tensors of one device and dtype."""
-
-    device: torch.device
-    dtype: torch.dtype
-
-    def rms_norm(
-        self, rows: torch.Tensor, weight: torch.Tensor, epsilon: float
-    ) -> torch.Tensor: ...
-
-    def add_rms_norm(
-        self, rows: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
-    ) -> tuple[torch.Tensor, torch.Tensor]: ...
-
-    def rotate(
-        self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_heads: int
-    ) -> torch.Tensor: ...
-
-    def silu_product(self, rows: torch.Tensor) -> torch.Tensor: ...
-
-
 @dataclass(frozen=True, slots=True)
 class AttentionBackend:
     """The attentions of a round, over pages and over the draft's view of them; and its mass, whose
@@ -128,7 +106,7 @@ def select_backend(
 ) -> AttentionBackend:
     """The fastest backend whose result on a small case agrees with the reference."""
     candidates = [*_compiled(), TORCH_FLASH_CPU] if device.type == "cpu" else []
-    if _has_triton(device):
+    if has_triton(device):
         candidates = by_chunk_seconds(gpu_backends(block_size), device, dtype, block_size)
     for backend in candidates:
         difference = difference_of(backend.paged, device, dtype, block_size)
@@ -142,24 +120,12 @@ def select_backend(
 
 def select_gumbel_argmax(device: torch.device) -> GumbelArgmax:
     """Which code chooses tokens; the choice is the same by either."""
-    if _has_triton(device):
+    if has_triton(device):
         from magicdec.kernels import triton_gumbel
 
         return triton_gumbel.gumbel_argmax
     library = compiled_library() if device.type == "cpu" else None
     return gumbel_argmax if library is None else CpuGumbelArgmax(library)
-
-
-def select_elementwise(device: torch.device, dtype: torch.dtype) -> Elementwise | None:
-    """None: nothing can be compiled here, or not for that dtype."""
-    if dtype not in (torch.float32, torch.bfloat16):
-        return None
-    if _has_triton(device):
-        from magicdec.kernels.triton_steps import TritonElementwise
-
-        return TritonElementwise(device, dtype)
-    library = compiled_library() if device.type == "cpu" else None
-    return None if library is None else CpuElementwise(library, dtype)
 
 
 def _compiled() -> list[AttentionBackend]:
@@ -172,7 +138,7 @@ def _compiled() -> list[AttentionBackend]:
     return [AttentionBackend("compiled-cpu", attention.paged, attention.view, mass, largest)]
 
 
-def _has_triton(device: torch.device) -> bool:
+def has_triton(device: torch.device) -> bool:
     """It comes with builds of torch for GPUs, so what imports it is imported where it is used."""
     return device.type == "cuda" and find_spec("triton") is not None
 

@@ -2,8 +2,8 @@
 
     program   (split or tile of keys, layer and KV head, tile of rows)
 
-All layers of a sequence in two launches: where a layer's rows and keys lie is told as a distance
-from the first layer's, in entries: multiples of 8, as wide loads ask for.
+All layers in two launches: a layer's rows and keys lie so many entries from the first layer's, a
+multiple of 8, as wide loads ask for.
 """
 
 from collections.abc import Sequence
@@ -18,8 +18,9 @@ from magicdec.kernels.triton_tiles import capped, dot_precision, log_sum
 
 _BLOCK_N = 64
 _BLOCK_M = 32
-_SPLIT_KEYS = 512  # at least
-_MOST_SPLITS = 16  # whose sums each tile of keys adds up again
+_SPLIT_KEYS, _MOST_SPLITS = 512, 16  # at least; each tile of keys adds up all splits' sums
+# One compilation serves all of them: a request would wait for the next.
+_COUNTS = ("num_layers", "num_kv_heads", "num_rows", "num_keys", "num_splits", "split_keys")
 
 
 @triton.jit
@@ -63,7 +64,7 @@ def _tile_scores(
     return tl.where(visible & is_row[:, None] & is_key[None, :], scores, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _row_lse(
     query,  # of the first layer
     k_cache,
@@ -141,7 +142,7 @@ def _whole_lse(partial_lse, num_splits, split_stride, is_row):
     return top + tl.log2(total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _key_mass(
     query,  # of the first layer
     k_cache,
@@ -216,23 +217,21 @@ def attention_mass(
 ) -> torch.Tensor:
     """See selection.layered_mass."""
     num_heads, num_rows, head_dim = queries[0].shape
-    num_layers, num_kv_heads = len(queries), k_caches[0].shape[0]
+    num_layers, num_kv_heads = len(queries), len(k_caches[0])
     num_keys = layout.context_lens[sequence] + layout.query_lens[sequence]
-    shape = (num_layers, num_kv_heads, num_keys)
-    mass = queries[0].new_empty(shape, dtype=torch.float32)
+    mass = queries[0].new_empty(num_layers, num_kv_heads, num_keys, dtype=torch.float32)
     if num_kv_heads == 0:
         return mass
-    if not all(_is_like(query, queries[0]) for query in queries):
-        queries = [query.clone(memory_format=torch.contiguous_format) for query in queries]
-    group_size = num_heads // num_kv_heads
+    if not all(_is_like(q, queries[0]) for q in queries):
+        queries = [q.clone(memory_format=torch.contiguous_format) for q in queries]
+    first, pages, group_size = queries[0], k_caches[0], num_heads // num_kv_heads
     split_keys = max(_SPLIT_KEYS, triton.next_power_of_2(triton.cdiv(num_keys, _MOST_SPLITS)))
     num_splits = triton.cdiv(num_keys, split_keys)
-    lses = mass.new_empty(num_splits, num_layers * num_kv_heads, num_rows * group_size)
-    first, pages = queries[0], k_caches[0]
+    heads, num_folded = num_layers * num_kv_heads, num_rows * group_size
+    lses = mass.new_empty(num_splits, heads, num_folded)
     distances = send(torch.tensor([_distances(queries), _distances(k_caches)]), first.device)
     table = layout.on_device(first.device, num_rows).block_tables[sequence]
-    strides = (first.stride(0), first.stride(1), pages.stride(0))
-    counts = (num_layers, num_kv_heads, num_rows, num_keys)
+    numbers = (*first.stride()[:2], pages.stride(0), num_layers, num_kv_heads, num_rows, num_keys)
     constants = {
         "GROUP_SIZE": group_size,
         "HEAD_DIM": head_dim,
@@ -243,21 +242,19 @@ def attention_mass(
         "BLOCK_N": _BLOCK_N,
         "BLOCK_D": triton.next_power_of_2(head_dim),
     }
-    heads, where = num_layers * num_kv_heads, (first, pages, distances, table, lses)
-    limits = (scaling, softcap or 1.0)
-    grid = (num_splits, heads, triton.cdiv(num_rows * group_size, _BLOCK_M))
-    _row_lse[grid](*where, *strides, *counts, split_keys, *limits, **constants)
-    tiles = (triton.cdiv(num_keys, _BLOCK_N), heads)
-    _key_mass[tiles](*where, mass, *strides, *counts, num_splits, *limits, **constants)
+    where, limits = (first, pages, distances, table, lses), (scaling, softcap or 1.0)
+    grid = (num_splits, heads, triton.cdiv(num_folded, _BLOCK_M))
+    _row_lse[grid](*where, *numbers, split_keys, *limits, **constants)
+    grid = (triton.cdiv(num_keys, _BLOCK_N), heads, 1)
+    _key_mass[grid](*where, mass, *numbers, num_splits, *limits, **constants)
     return mass
 
 
 def _distances(tensors: Sequence[torch.Tensor]) -> list[int]:
-    """Entries from where the first begins to where each does."""
+    """Entries from the first one's beginning to each one's."""
     start, size = tensors[0].data_ptr(), tensors[0].element_size()
     return [(tensor.data_ptr() - start) // size for tensor in tensors]
 
 
 def _is_like(query: torch.Tensor, first: torch.Tensor) -> bool:
-    is_aligned = query.data_ptr() % (8 * query.element_size()) == 0
-    return is_aligned and query.stride() == first.stride() and query.stride(2) == 1
+    return query.data_ptr() % 32 == 0 and query.stride() == first.stride() and query.stride(2) == 1

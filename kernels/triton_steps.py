@@ -4,13 +4,10 @@ import torch
 import triton
 import triton.language as tl
 
+from magicdec.kernels.head_norms import HeadNorms
+from magicdec.kernels.triton_tiles import rounded
+
 _BLOCK = 1024
-
-
-@triton.jit
-def _rounded(values, like):
-    """As transformers' modules round between their steps."""
-    return values.to(like.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit
@@ -32,31 +29,50 @@ def _rms_norm(
     entries = tl.load(rows + place, is_dim, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         entries += tl.load(residual + place, is_dim, other=0.0).to(tl.float32)
-        entries = _rounded(entries, summed)
+        entries = rounded(entries, summed)
         tl.store(summed + place, entries.to(summed.dtype.element_ty), is_dim)
     scale = tl.rsqrt(tl.sum(entries * entries, 0) / num_dims + epsilon)
     weights = tl.load(weight + dims, is_dim, other=0.0).to(tl.float32)
-    normed = weights * _rounded(entries * scale, output)
+    normed = weights * rounded(entries * scale, output)
     tl.store(output + place, normed.to(output.dtype.element_ty), is_dim)
 
 
 @triton.jit
-def _rotate(rows, cosines, sines, row_stride, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
+def _rotate(
+    rows,
+    cosines,
+    sines,
+    norm_weights,
+    row_stride,
+    epsilon,
+    HAS_NORMS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
     halves = tl.arange(0, BLOCK)
     half = HEAD_DIM // 2
     is_half = halves < half
-    place = rows + row * row_stride + tl.program_id(1) * HEAD_DIM + halves
+    place = rows + row * row_stride + head * HEAD_DIM + halves
     turns = row * HEAD_DIM + halves
     first = tl.load(place, is_half, other=0.0).to(tl.float32)
     second = tl.load(place + half, is_half, other=0.0).to(tl.float32)
+    if HAS_NORMS:
+        squares = tl.sum(first * first, 0) + tl.sum(second * second, 0)
+        scale = tl.rsqrt(squares / HEAD_DIM + epsilon)
+        weights = norm_weights + head * HEAD_DIM + halves
+        weight1 = tl.load(weights, is_half, other=0.0).to(tl.float32)
+        weight2 = tl.load(weights + half, is_half, other=0.0).to(tl.float32)
+        first = rounded(weight1 * rounded(first * scale, rows), rows)
+        second = rounded(weight2 * rounded(second * scale, rows), rows)
     cos1 = tl.load(cosines + turns, is_half, other=0.0).to(tl.float32)
     cos2 = tl.load(cosines + half + turns, is_half, other=0.0).to(tl.float32)
     sin1 = tl.load(sines + turns, is_half, other=0.0).to(tl.float32)
     sin2 = tl.load(sines + half + turns, is_half, other=0.0).to(tl.float32)
-    turned = _rounded(first * cos1, rows) - _rounded(second * sin1, rows)
+    turned = rounded(first * cos1, rows) - rounded(second * sin1, rows)
     tl.store(place, turned.to(rows.dtype.element_ty), is_half)
-    turned = _rounded(second * cos2, rows) + _rounded(first * sin2, rows)
+    turned = rounded(second * cos2, rows) + rounded(first * sin2, rows)
     tl.store(place + half, turned.to(rows.dtype.element_ty), is_half)
 
 
@@ -94,7 +110,7 @@ def _silu_product(rows, output, num_dims, BLOCK: tl.constexpr):
     is_dim = dims < num_dims
     gates = tl.load(rows + row * 2 * num_dims + dims, is_dim, other=0.0).to(tl.float32)
     rest = tl.load(rows + row * 2 * num_dims + num_dims + dims, is_dim, other=0.0).to(tl.float32)
-    product = _rounded(gates * tl.sigmoid(gates), output) * rest
+    product = rounded(gates * tl.sigmoid(gates), output) * rest
     tl.store(output + row * num_dims + dims, product.to(output.dtype.element_ty), is_dim)
 
 
@@ -121,7 +137,12 @@ class TritonElementwise:
         return output, summed
 
     def rotate(
-        self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_heads: int
+        self,
+        rows: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        num_heads: int,
+        norms: HeadNorms | None = None,
     ) -> torch.Tensor:
         """See reference.rotate; `rows` themselves are rotated and returned."""
         num_rows, head_dim = cos.shape
@@ -129,7 +150,10 @@ class TritonElementwise:
             rows,
             cos.contiguous(),
             sin.contiguous(),
+            cos if norms is None else norms.weights,
             rows.stride(0),
+            0.0 if norms is None else norms.epsilon,
+            HAS_NORMS=norms is not None,
             HEAD_DIM=head_dim,
             BLOCK=triton.next_power_of_2(head_dim // 2),
             num_warps=1,

@@ -25,6 +25,12 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 
 @triton.jit
+def rounded(values, like):
+    """As transformers' modules round between their steps."""
+    return values.to(like.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
 def capped(products, scaling, softcap, HAS_SOFTCAP: tl.constexpr):
     """Scores times log2(e), from products of query and key."""
     scores = products * scaling

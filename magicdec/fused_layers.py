@@ -1,6 +1,6 @@
 """What stands for a layer's modules where its small steps are compiled (fused_modules.py)."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from magicdec.attention import AttentionContext
-from magicdec.kernels.dispatch import Elementwise
+from magicdec.kernels.head_norms import HeadNorms
+from magicdec.kernels.layer_dispatch import Elementwise, FewRowLinears
 
 
 class FusedRmsNorm(nn.Module):
@@ -19,17 +20,47 @@ class FusedRmsNorm(nn.Module):
     def __init__(self, weight: torch.Tensor, epsilon: float, kernels: Elementwise) -> None:
         super().__init__()
         self.register_buffer("weight", weight.contiguous())
-        self._epsilon = epsilon
+        self.epsilon = epsilon
         self._kernels = kernels
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        return self._kernels.rms_norm(rows, self.weight, self._epsilon)
+        return self._kernels.rms_norm(rows, self.weight, self.epsilon)
 
     def after_sum(
         self, rows: torch.Tensor, residual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the norm of their sum, and the sum."""
-        return self._kernels.add_rms_norm(rows, residual, self.weight, self._epsilon)
+        return self._kernels.add_rms_norm(rows, residual, self.weight, self.epsilon)
+
+
+class FewRowLinear(nn.Linear):
+    """An nn.Linear, of its own weight, by a kernel where that is faster for so few rows."""
+
+    def __init__(self, linear: nn.Linear, kernels: FewRowLinears, tiles: Collection[int]) -> None:
+        """`tiles`: of FewRowLinears.tile_rows, those that the kernel is faster for."""
+        bias = linear.bias is not None
+        super().__init__(linear.in_features, linear.out_features, bias, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self._kernels, self._tiles = kernels, tiles
+
+    def takes(self, rows: torch.Tensor) -> bool:
+        """Whether these rows go to the kernel."""
+        num_rows = rows.numel() // self.in_features
+        fits = self._kernels.fits(num_rows, self.weight)
+        return fits and self._kernels.tile_rows(num_rows) in self._tiles
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        if self.takes(rows):
+            return self._kernels.linear(rows, self.weight, self.bias)
+        return super().forward(rows)
+
+    def summed(self, rows: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """Of rows that it `takes`: the residual and their linear."""
+        return self._kernels.linear(rows, self.weight, self.bias, residual)
+
+    def gated(self, rows: torch.Tensor) -> torch.Tensor:
+        """Of rows that it `takes`: Elementwise.silu_product of their linear."""
+        return self._kernels.gated_linear(rows, self.weight, self.bias)
 
 
 class FusedMlp(nn.Module):
@@ -38,12 +69,26 @@ class FusedMlp(nn.Module):
     def __init__(self, mlp: Any, kernels: Elementwise) -> None:
         super().__init__()
         self.gate_up_proj = _joined([mlp.gate_proj, mlp.up_proj])
-        self.down_proj = mlp.down_proj
+        self.down_proj: nn.Linear = mlp.down_proj
         self._kernels = kernels
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = self.down_proj(self._kernels.silu_product(self.gate_up_proj(rows)))
+        output: torch.Tensor = self.down_proj(self._gated(rows))
         return output
+
+    def summed(self, rows: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """residual + forward(rows)"""
+        gated, down = self._gated(rows), self.down_proj
+        if isinstance(down, FewRowLinear) and down.takes(gated):
+            return down.summed(gated, residual)
+        output: torch.Tensor = residual + down(gated)
+        return output
+
+    def _gated(self, rows: torch.Tensor) -> torch.Tensor:
+        linear = self.gate_up_proj
+        if isinstance(linear, FewRowLinear) and linear.takes(rows):
+            return linear.gated(rows)
+        return self._kernels.silu_product(linear(rows))
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +101,16 @@ class Asked:
 
 
 class FusedAttention(nn.Module):
-    """One linear for query, key and value, norms of their heads where it has any, then the
-    rotation, then the context."""
+    """One linear for query, key and value, norms of their heads where it has any with the rotation,
+    then the context."""
+
+    norm_weights: torch.Tensor | None  # [heads that rotate, head_dim]
 
     def __init__(
         self,
         attention: Any,
         asked: Asked,
-        norms: Sequence[nn.Module | None],  # of query and key, or none
+        norms: Sequence[FusedRmsNorm],  # of query and key, of one epsilon, or none
         kernels: Elementwise,
     ) -> None:
         super().__init__()
@@ -72,7 +119,10 @@ class FusedAttention(nn.Module):
         query, key, _ = asked.states
         self._layer, self._limits = asked.layer, asked.limits
         self._num_heads, self._num_kv_heads, self._head_dim = len(query), len(key), query.shape[2]
-        self.q_norm, self.k_norm = norms or (None, None)
+        counts = (self._num_heads, self._num_kv_heads)
+        parts = [norm.weight.expand(n, -1) for norm, n in zip(norms, counts, strict=False)]
+        self.register_buffer("norm_weights", torch.cat(parts) if parts else None)
+        self._epsilon = norms[0].epsilon if norms else 0.0
         self._kernels = kernels
 
     def forward(
@@ -95,16 +145,11 @@ class FusedAttention(nn.Module):
         self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         """Query, key and value, [heads, num_rows, head_dim] each."""
-        sizes = (self._num_heads, self._num_kv_heads, self._num_kv_heads)
-        if self.q_norm is None or self.k_norm is None:
-            rows = self._kernels.rotate(rows, cos, sin, self._num_heads + self._num_kv_heads)
-            heads = rows.view(len(rows), -1, self._head_dim).transpose(0, 1)
-            return heads.split_with_sizes(sizes)
-        parts = rows.view(len(rows), -1, self._head_dim).split_with_sizes(sizes, dim=1)
-        query, key = self.q_norm(parts[0]), self.k_norm(parts[1])
-        for part in (query, key):
-            self._kernels.rotate(part.flatten(1), cos, sin, part.shape[1])
-        return query.transpose(0, 1), key.transpose(0, 1), parts[2].transpose(0, 1)
+        weights = self.norm_weights
+        norms = None if weights is None else HeadNorms(weights, self._epsilon)
+        rows = self._kernels.rotate(rows, cos, sin, self._num_heads + self._num_kv_heads, norms)
+        heads = rows.view(len(rows), -1, self._head_dim).transpose(0, 1)
+        return heads.split_with_sizes((self._num_heads, self._num_kv_heads, self._num_kv_heads))
 
 
 class FusedDecoderLayer(nn.Module):
@@ -122,6 +167,8 @@ class FusedDecoderLayer(nn.Module):
     def forward(self, hidden_states: torch.Tensor, **kwargs: object) -> torch.Tensor:
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         normed, summed = self.post_attention_layernorm.after_sum(attended, hidden_states)
+        if isinstance(self.mlp, FusedMlp):
+            return self.mlp.summed(normed, summed)
         gated: torch.Tensor = self.mlp(normed)
         return summed + gated
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from magicdec.attention import ATTENTION_NAME, register_attention
+from magicdec.few_rows import serve_few_rows
 from magicdec.fused_layers import (
     Asked,
     FusedAttention,
@@ -20,7 +21,8 @@ from magicdec.fused_layers import (
     FusedRmsNorm,
 )
 from magicdec.kernels.cpu_elementwise import DIMS_MULTIPLE
-from magicdec.kernels.dispatch import Elementwise
+from magicdec.kernels.layer_dispatch import Elementwise, select_few_row_linears
+from magicdec.kernels.linear_trials import ColdTimer
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +48,8 @@ class _Recorder:
 
 @torch.inference_mode()
 def fuse_modules(model: Any, kernels: Elementwise) -> None:
-    """Replaces what may be replaced below a model of transformers on the kernels' device."""
+    """Replaces what may be replaced below a model of transformers on the kernels' device, then the
+    linears that are left, where few rows have a kernel."""
     register_attention()
     model.set_attn_implementation(ATTENTION_NAME)
     # Of what the model turns by: half of it, where only a part of each head rotates.
@@ -56,6 +59,9 @@ def fuse_modules(model: Any, kernels: Elementwise) -> None:
     kinds = (FusedRmsNorm, FusedMlp, FusedAttention, FusedDecoderLayer)
     counts = ", ".join(f"{found.count(kind)} {kind.__name__}" for kind in kinds)
     logger.info("%s; %d left as they are", counts, found.count(None))
+    linears = select_few_row_linears(kernels.device, kernels.dtype)
+    if linears is not None:
+        serve_few_rows(model, linears, kernels, ColdTimer(kernels.device))
 
 
 def _fuse_below(
@@ -108,7 +114,7 @@ def _fusion_around(module: nn.Module) -> Any:
     return _fused_layer if type(parts["post_attention_layernorm"]) is FusedRmsNorm else None
 
 
-def _fused_norm(norm: Any, turned: set[int], kernels: Elementwise) -> nn.Module | None:
+def _fused_norm(norm: Any, turned: set[int], kernels: Elementwise) -> FusedRmsNorm | None:
     settings = vars(norm)
     epsilon = settings.get("variance_epsilon", settings.get("eps"))
     weight = norm._parameters.get("weight")
@@ -133,8 +139,9 @@ def _fused_attention(attention: Any, turned: set[int], kernels: Elementwise) -> 
         return None
     turns = _turns(head_dim, kernels)
     children = dict(attention.named_children())
-    norms = [_fused_norm(children[name], turned, kernels) for name in _NORMS if name in children]
-    if None in norms:
+    found = [_fused_norm(children[name], turned, kernels) for name in _NORMS if name in children]
+    norms = [norm for norm in found if norm is not None]
+    if len(norms) < len(found) or len({norm.epsilon for norm in norms}) > 1:
         return None
     fused = None
     for rows in _trials(attention.q_proj.in_features, kernels):
@@ -147,10 +154,10 @@ def _fused_attention(attention: Any, turned: set[int], kernels: Elementwise) -> 
         )
         (asked,) = expected.asked
         fused = fused or FusedAttention(attention, asked, norms, kernels)
-        found, _ = fused(rows, turns, attention_context=actual)
+        result, _ = fused(rows, turns, attention_context=actual)
         pairs = zip(actual.asked[0].states, asked.states, strict=True)
         states_agree = all(_agree(one, other, True) for one, other in pairs)
-        if not (_agree(found, output, True) and states_agree):
+        if not (_agree(result, output, True) and states_agree):
             return None
     return fused
 

@@ -29,7 +29,7 @@ from magicdec.compute_dtype import compute_dtype, packing_library
 from magicdec.config import ConfigError, EngineConfig, ModelConfig
 from magicdec.fused_modules import fuse_modules
 from magicdec.kernels.cpu_linear import PackedLinear, pack_linears
-from magicdec.kernels.dispatch import select_elementwise
+from magicdec.kernels.layer_dispatch import select_elementwise
 from magicdec.kernels.transfer import send
 from magicdec.kv_cache import LayerSpec
 from magicdec.vocabulary import Vocabulary

@@ -89,7 +89,9 @@ struct RotateCall {
   void* rows;  // [num_rows, row_stride], of which the first num_heads * head_dim turn
   const void* cos;  // [num_rows, head_dim]
   const void* sin;
+  const void* norm_weights;  // or null: [num_heads, head_dim], each head's norm comes first
   int64_t num_rows, row_stride, num_heads, head_dim;  // a multiple of 2 * kLanes
+  float epsilon;
   int32_t num_threads;
 };
 

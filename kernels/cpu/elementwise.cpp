@@ -15,16 +15,17 @@ void add(const Value* row, const Value* residual, int64_t num_dims, Value* summe
     store_floats(summed + i, load_floats(row + i) + load_floats(residual + i));
 }
 
+// The output may be the row itself.
 template <typename Value>
-void normalize(const Value* row, const NormCall& call, Value* output) {
-  const Value* weight = static_cast<const Value*>(call.weight);
+void normalize(const Value* row, const Value* weight, int64_t num_dims, float epsilon,
+               Value* output) {
   Floats squares = {};
-  for (int64_t i = 0; i < call.num_dims; i += kLanes) {
+  for (int64_t i = 0; i < num_dims; i += kLanes) {
     const Floats value = load_floats(row + i);
     squares += value * value;
   }
-  const float scale = 1.0f / std::sqrt(sum(squares) / call.num_dims + call.epsilon);
-  for (int64_t i = 0; i < call.num_dims; i += kLanes)
+  const float scale = 1.0f / std::sqrt(sum(squares) / num_dims + epsilon);
+  for (int64_t i = 0; i < num_dims; i += kLanes)
     store_floats(output + i, load_floats(weight + i) * rounded<Value>(load_floats(row + i) * scale));
 }
 
@@ -40,7 +41,8 @@ void normalize_rows(const NormCall* call) {
       add(entries, residual + row * dims, dims, summed);
       entries = summed;
     }
-    normalize(entries, *call, static_cast<Value*>(call->output) + row * dims);
+    normalize(entries, static_cast<const Value*>(call->weight), dims, call->epsilon,
+              static_cast<Value*>(call->output) + row * dims);
   }
 }
 
@@ -61,12 +63,16 @@ void rotate_rows(const RotateCall* call) {
   const int64_t dims = call->head_dim;
   const Value* cos = static_cast<const Value*>(call->cos);
   const Value* sin = static_cast<const Value*>(call->sin);
+  const Value* weights = static_cast<const Value*>(call->norm_weights);
   const bool is_large = call->num_rows * call->row_stride > kAlone;
 #pragma omp parallel for num_threads(call->num_threads) if (is_large)
   for (int64_t row = 0; row < call->num_rows; ++row)
-    for (int64_t head = 0; head < call->num_heads; ++head)
-      rotate_head(static_cast<Value*>(call->rows) + row * call->row_stride + head * dims,
-                  cos + row * dims, sin + row * dims, dims / 2);
+    for (int64_t head = 0; head < call->num_heads; ++head) {
+      Value* entries = static_cast<Value*>(call->rows) + row * call->row_stride + head * dims;
+      if (weights != nullptr)
+        normalize(entries, weights + head * dims, dims, call->epsilon, entries);
+      rotate_head(entries, cos + row * dims, sin + row * dims, dims / 2);
+    }
 }
 
 // x * sigmoid(x), where e^-|x| cannot overflow.

@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 from magicdec.kernels import (
     triton_attention,
     triton_gumbel,
+    triton_linear,
     triton_mass,
     triton_merge,
     triton_steps,
@@ -28,6 +29,8 @@ from magicdec.kernels import (
 from magicdec.kernels.triton_tiles import choose_num_warps
 
 ARCHITECTURES = (80, 90)
+# Of a block's shared memory: CUDA C programming guide, compute capabilities.
+SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10}
 TABLE = Path(__file__).with_name("ahead_of_time.json")
 
 # By the end of a parameter's name; any other is a pointer to the dtype of the pages.
@@ -53,6 +56,7 @@ _TYPES = {
     "softcap": "fp32",
     "epsilon": "fp32",
 }
+_ALIGNED = ("_head_stride", "_row_stride", "num_inputs", "num_outputs")
 _INTEGERS = ("_stride", "batch", "step", "window", "first_block", "split_keys")
 
 
@@ -110,11 +114,35 @@ def variants() -> list[Variant]:
     for has_residual, name in ((False, "rms norm of 4096"), (True, "sum and rms norm of 4096")):
         norm = {"HAS_RESIDUAL": has_residual, "BLOCK": 4096}
         found.append(Variant(name, triton_steps._rms_norm, norm))
-    rotation = {"HEAD_DIM": 128, "BLOCK": 64}
-    found.append(Variant("rotate", triton_steps._rotate, rotation, num_warps=1))
+    for has_norms, name in ((False, "rotate"), (True, "norm and rotate")):
+        rotation = {"HAS_NORMS": has_norms, "HEAD_DIM": 128, "BLOCK": 64}
+        found.append(Variant(name, triton_steps._rotate, rotation, num_warps=1))
     stored = {"HEAD_DIM": 128, "BLOCK": 128}
     found.append(Variant("store", triton_steps._store_kv, stored, num_warps=1))
     found.append(Variant("silu product", triton_steps._silu_product, {"BLOCK": 1024}))
+    return found + _linears()
+
+
+def _linears() -> list[Variant]:
+    found = []
+    for block_m in (16, 32):
+        tile = {
+            "BLOCK_M": block_m,
+            "BLOCK_N": triton_linear.BLOCK_N,
+            "BLOCK_K": triton_linear.BLOCK_K,
+        }
+        num_stages = triton_linear.choose_num_stages(block_m, 2, SHARED_BYTES["sm_80"])
+        options = (triton_linear.NUM_WARPS, num_stages)
+        for has_bias, has_residual, name in (
+            (False, False, "linear"),
+            (True, False, "linear and bias"),
+            (False, True, "linear and residual"),
+        ):
+            constants = {**tile, "HAS_BIAS": has_bias, "HAS_RESIDUAL": has_residual}
+            case = (f"{name}, {block_m} rows", triton_linear._linear, constants)
+            found.append(Variant(*case, *options))
+        gated = (f"gated linear, {block_m} rows", triton_linear._gated_linear)
+        found.append(Variant(*gated, {**tile, "HAS_BIAS": False}, *options))
     return found
 
 
@@ -135,8 +163,9 @@ def measure(variant: Variant, architecture: int) -> dict[str, int]:
 
 
 def _is_aligned(name: str, type_name: str) -> bool:
-    """As triton finds tensors and the strides of whole heads when it compiles at a launch."""
-    return type_name.startswith("*") or name.endswith(("_head_stride", "_row_stride"))
+    """As triton finds tensors, strides of whole heads and sizes of matrices when it compiles at a
+    launch."""
+    return type_name.startswith("*") or name.endswith(_ALIGNED)
 
 
 def _type(name: str, variant: Variant) -> str:

@@ -9,6 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 from magicdec.kernels import reference
 from magicdec.kernels.compiled import compiled_library
 from magicdec.kernels.cpu_elementwise import CpuElementwise
+from magicdec.kernels.head_norms import HeadNorms
 
 LIBRARY = compiled_library()
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="there is no compiler here")
@@ -71,18 +72,34 @@ def test_a_gate_agrees_with_the_reference(
     head_dim=st.sampled_from([32, 64, 128]),
     num_heads=st.integers(1, 6),
     num_others=st.integers(0, 3),
+    has_norms=st.booleans(),
     seed=st.integers(0, 999),
 )
 def test_the_first_heads_rotate_as_in_the_reference(
-    num_rows: int, head_dim: int, num_heads: int, num_others: int, seed: int
+    num_rows: int, head_dim: int, num_heads: int, num_others: int, has_norms: bool, seed: int
 ) -> None:
+    """After their norms, where they have any."""
     rows = made_up(num_rows, (num_heads + num_others) * head_dim, size=1.0, seed=seed)
     cos, sin = made_up(2, num_rows, head_dim, size=1.0, seed=seed + 1)
-    expected = reference.rotate(rows, cos, sin, num_heads)
-    actual = kernels().rotate(rows.clone(), cos, sin, num_heads)
+    weights = made_up(num_heads, head_dim, size=1.0, seed=seed + 2)
+    norms = HeadNorms(weights, 1e-5) if has_norms else None
+    expected = reference.rotate(rows, cos, sin, num_heads, norms)
+    actual = kernels().rotate(rows.clone(), cos, sin, num_heads, norms)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
     others = num_heads * head_dim
     assert torch.equal(actual[:, others:], rows[:, others:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_of_heads_are_norms_then_a_rotation(dtype: torch.dtype) -> None:
+    """To the bit: in one pass nothing is rounded elsewhere."""
+    rows, weights = made_up(9, 3 * 64, size=2.0, seed=0).to(dtype), made_up(3, 64, size=1.0, seed=1)
+    cos, sin = made_up(2, 9, 64, size=1.0, seed=2).to(dtype)
+    norms, ours = HeadNorms(weights.to(dtype), 1e-5), kernels(dtype)
+    heads = rows.view(9, 3, 64).unbind(1)
+    normed = [ours.rms_norm(head, norms.weights[i], 1e-5) for i, head in enumerate(heads)]
+    expected = ours.rotate(torch.cat(normed, dim=1), cos, sin, 3)
+    assert torch.equal(ours.rotate(rows, cos, sin, 3, norms), expected)
 
 
 def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magicdec.kernels import reference, selection
+from magicdec.kernels import selection, selection_reference
 from magicdec.kernels.compiled import compiled_library
 from magicdec.kernels.cpu_largest import CpuLargest
 from tests.kernels.layouts import make_layout
@@ -50,7 +50,9 @@ def test_the_mass_agrees_with_the_reference(
         query = torch.randn(shape, generator=generator)
         case = (query, k_cache, layout, i, 0.25, softcap)
         actual = selection.attention_mass(*case)
-        torch.testing.assert_close(actual, reference.attention_mass(*case), atol=2e-5, rtol=2e-5)
+        torch.testing.assert_close(
+            actual, selection_reference.attention_mass(*case), atol=2e-5, rtol=2e-5
+        )
 
 
 def test_the_mass_of_a_head_is_its_rows_and_its_group() -> None:
@@ -100,7 +102,10 @@ def test_the_choice_agrees_with_the_reference(
     mass = torch.rand(num_layers, kv_heads, num_keys, generator=generator)
     first = min(first, num_keys)
     case = (mass, first, max(num_keys - recent, first), count, pool_size, chunk_size, coverage)
-    (chosen, needed), (expected, wanted) = selection.rank_top(*case), reference.rank_top(*case)
+    (chosen, needed), (expected, wanted) = (
+        selection.rank_top(*case),
+        selection_reference.rank_top(*case),
+    )
     assert chosen.tolist() == expected.tolist()
     assert needed.tolist() == wanted.tolist()
 

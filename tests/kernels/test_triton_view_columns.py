@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from magicdec.kernels import reference, triton_view_columns
+from magicdec.kernels import selection_reference, triton_view_columns
 from magicdec.kernels.view_columns import ViewColumns
 
 NUM_SINK, NUM_OWN, NUM_SLOTS = 3, 2, 1000
@@ -81,7 +81,7 @@ def test_the_same_slots_are_listed(
     columns = made_up(sequences, heads, block_size, device, seed)
     batch, most = len(sequences) + 1, max(heads)
     found = []
-    for list_columns in (triton_view_columns.list_columns, reference.list_columns):
+    for list_columns in (triton_view_columns.list_columns, selection_reference.list_columns):
         slots = torch.full((2, most, batch, num_columns), 77, device=device)
         masks = torch.full((2, batch, num_columns + NUM_OWN), 7.0, dtype=dtype, device=device)
         list_columns(slots, masks, columns)

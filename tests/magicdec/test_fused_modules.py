@@ -13,7 +13,7 @@ from magicdec.fused_layers import FusedAttention, FusedDecoderLayer, FusedMlp, F
 from magicdec.fused_modules import fuse_modules
 from magicdec.kernels.compiled import compiled_library
 from magicdec.kernels.cpu_linear import pack_linears
-from magicdec.kernels.dispatch import select_elementwise
+from magicdec.kernels.layer_dispatch import select_elementwise
 from magicdec.model_loader import LoadedModel, describe_model
 from tests.conftest import FAMILIES
 
@@ -108,7 +108,7 @@ def test_a_fused_model_gives_the_models_logits(family: str) -> None:
     assert packed and not any(type(child) is nn.Linear for child in module.modules())
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral_sliding", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "mistral_sliding", "qwen2", "qwen3"])
 def test_a_bfloat16_model_is_fused_too(family: str) -> None:
     module = made(family).bfloat16()
     expected = logits(describe_model(module, "bfloat16"))

@@ -18,7 +18,7 @@ from magicdec.draft_attention import DraftAttention
 from magicdec.draft_views import DraftViews
 from magicdec.drafters.self_draft import POLICIES
 from magicdec.engine import Engine
-from magicdec.kernels import reference
+from magicdec.kernels import selection_reference
 from magicdec.kernels.dispatch import REFERENCE
 from magicdec.kernels.paged_layout import PagedLayout
 from magicdec.kv_cache import LayerSpec, PagedKVCache
@@ -111,7 +111,7 @@ def test_a_view_holds_sink_recent_window_and_the_heaviest_keys_within_its_budget
         num_keys = draft_budget * (2 if layer < num_first_layers else 1) - draft_length
         row_start = 0
         for i, context_len in enumerate(now):
-            mass = reference.attention_mass(
+            mass = selection_reference.attention_mass(
                 query[:, row_start : row_start + rows[i]], cache.k[layer], observed, i, 0.3
             )
             row_start += rows[i]

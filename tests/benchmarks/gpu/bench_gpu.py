@@ -22,7 +22,8 @@ from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from magicdec.fused_modules import fuse_modules
-from magicdec.kernels.dispatch import select_backend, select_elementwise
+from magicdec.kernels.dispatch import select_backend
+from magicdec.kernels.layer_dispatch import select_elementwise
 from magicdec.kernels.paged_layout import PagedLayout
 from magicdec.model_loader import LoadedModel, describe_model
 from tests.benchmarks.gpu.end_to_end import end_to_end_rows

@@ -12,7 +12,7 @@ from magicdec.config import SelectionConfig
 from magicdec.draft_attention import DraftAttention
 from magicdec.draft_views import DraftViews
 from magicdec.graphs.view_inputs import ViewInputs
-from magicdec.kernels import reference
+from magicdec.kernels import selection_reference
 from magicdec.kernels.dispatch import REFERENCE, triton_backend
 from magicdec.kernels.view_columns import ListColumns
 from magicdec.kv_cache import LayerSpec, PagedKVCache
@@ -127,7 +127,7 @@ def test_a_device_lists_what_eager_rounds_see(
         inputs = ViewInputs(cache, EagerCapturer(DEVICE), BUCKET, MAX_LEN // BLOCK_SIZE + 2)
         expected = seen_eagerly(cache, views)
         for _ in range(2):
-            assert listed(cache, views, inputs, reference.list_columns)[0] == expected
+            assert listed(cache, views, inputs, selection_reference.list_columns)[0] == expected
 
 
 SOME = [Share(150, 60, 3, 20), Share(9, 24, None, 0), Share(90, 40, 12, 5)]
