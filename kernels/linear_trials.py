@@ -22,8 +22,8 @@ def difference_of_linears(
     device: torch.device,
     dtype: torch.dtype,
 ) -> float:
-    """The largest from the reference, of 3 rows and of 20: a linear with a bias and a residual, and
-    a gated one. Infinite where it cannot run."""
+    """The largest from the reference, of 3, 20 and 40 rows: a linear with a bias and a residual,
+    and a gated one. Infinite where it cannot run."""
     generator = torch.Generator().manual_seed(0)
 
     def made_up(*shape: int) -> torch.Tensor:
@@ -31,7 +31,7 @@ def difference_of_linears(
 
     weight, bias = made_up(_NUM_OUTPUTS, _NUM_INPUTS) / 4, made_up(_NUM_OUTPUTS)
     differences = []
-    for num_rows in (3, 20):
+    for num_rows in (3, 20, 40):
         rows, residual = made_up(num_rows, _NUM_INPUTS), made_up(num_rows, _NUM_OUTPUTS)
         summed = (rows, weight, bias, residual)
         try:

@@ -18,10 +18,12 @@ import triton.language as tl
 from magicdec.kernels.paged_layout import DeviceLayout, PagedLayout
 from magicdec.kernels.triton_merge import launch_merge
 from magicdec.kernels.triton_tiles import (
+    begin,
     capped,
     choose_block_m,
     choose_num_warps,
     dot_precision,
+    early_launch,
     log_sum,
     weighed,
 )
@@ -70,7 +72,9 @@ def _attend(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):
+    begin(IS_EARLY)
     tile = tl.program_id(0) // num_splits
     split = tl.program_id(0) % num_splits
     kv_head = tl.program_id(1)
@@ -245,4 +249,5 @@ def _launch(
         BLOCK_D=block_d,
         num_warps=choose_num_warps(block_m, block_d),
         num_stages=_NUM_STAGES,
+        **early_launch(query.device),
     )

@@ -11,11 +11,12 @@ import triton
 import triton.language as tl
 from triton.runtime import driver
 
-from magicdec.kernels.triton_tiles import rounded
+from magicdec.kernels.triton_tiles import begin, early_launch, rounded
 
-MOST_ROWS = 32
-BLOCK_N, BLOCK_K, NUM_WARPS = 64, 128, 4
-_MOST_STAGES = {16: 8, 32: 6}  # by the rows of a tile
+MOST_ROWS = 64
+BLOCK_N, BLOCK_K = 64, 128
+NUM_WARPS = {16: 4, 32: 4, 64: 8}  # by the rows of a tile
+_MOST_STAGES = {16: 8, 32: 6, 64: 6}
 
 
 @triton.jit
@@ -59,7 +60,9 @@ def _linear(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):
+    begin(IS_EARLY)
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     sums = _products(rows, weight, outputs, num_rows, num_inputs, BLOCK_M, BLOCK_N, BLOCK_K)
     if HAS_BIAS:
@@ -86,7 +89,9 @@ def _gated_linear(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):
+    begin(IS_EARLY)
     # Eight gates, then the eight that they let through, and so on: a thread's sums are of rows r
     # and r + 8 of a tile, so that it has both.
     half: tl.constexpr = BLOCK_N // 2
@@ -125,7 +130,7 @@ class TritonLinear:
 
     def tile_rows(self, num_rows: int) -> int:
         """Of the tile that so many rows are multiplied in."""
-        return 16 if num_rows <= 16 else 32
+        return next(tile for tile in NUM_WARPS if num_rows <= tile)
 
     def linear(
         self,
@@ -173,7 +178,8 @@ class TritonLinear:
         block_m = self.tile_rows(num_rows)
         num_stages = choose_num_stages(block_m, weight.element_size(), self._shared_bytes)
         constants = {"BLOCK_M": block_m, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K}
-        return {**constants, "num_warps": NUM_WARPS, "num_stages": num_stages}
+        options = {"num_warps": NUM_WARPS[block_m], "num_stages": num_stages}
+        return {**constants, **options, **early_launch(weight.device)}
 
 
 def choose_num_stages(block_m: int, element_bytes: int, shared_bytes: int) -> int:

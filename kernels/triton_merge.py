@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from magicdec.kernels.triton_tiles import begin, early_launch
+
 
 @triton.jit
 def merge_splits(
@@ -18,8 +20,10 @@ def merge_splits(
     HEAD_DIM: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):
     """A program a row and query head; a split at -inf is not read."""
+    begin(IS_EARLY)
     row = tl.load(rows + tl.program_id(0))
     head = tl.program_id(1)
     splits = tl.arange(0, BLOCK_S)
@@ -56,4 +60,5 @@ def launch_merge(
         BLOCK_S=triton.next_power_of_2(num_splits),
         BLOCK_D=triton.next_power_of_2(head_dim),
         num_warps=4,
+        **early_launch(output.device),
     )

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from magicdec.kernels.head_norms import HeadNorms
-from magicdec.kernels.triton_tiles import rounded
+from magicdec.kernels.triton_tiles import begin, early_launch, rounded
 
 _BLOCK = 1024
 
@@ -21,7 +21,9 @@ def _rms_norm(
     epsilon,
     HAS_RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):
+    begin(IS_EARLY)
     row = tl.program_id(0).to(tl.int64)
     dims = tl.arange(0, BLOCK)
     is_dim = dims < num_dims
@@ -48,7 +50,9 @@ def _rotate(
     HAS_NORMS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):
+    begin(IS_EARLY)
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     halves = tl.arange(0, BLOCK)
@@ -90,7 +94,9 @@ def _store_kv(
     value_row_stride,
     HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):
+    begin(IS_EARLY)
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
     dims = tl.arange(0, BLOCK)
@@ -104,7 +110,14 @@ def _store_kv(
 
 
 @triton.jit
-def _silu_product(rows, output, num_dims, BLOCK: tl.constexpr):
+def _silu_product(
+    rows,
+    output,
+    num_dims,
+    BLOCK: tl.constexpr,
+    IS_EARLY: tl.constexpr,
+):
+    begin(IS_EARLY)
     row = tl.program_id(0).to(tl.int64)
     dims = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_dim = dims < num_dims
@@ -157,6 +170,7 @@ class TritonElementwise:
             HEAD_DIM=head_dim,
             BLOCK=triton.next_power_of_2(head_dim // 2),
             num_warps=1,
+            **early_launch(rows.device),
         )
         return rows
 
@@ -166,7 +180,14 @@ class TritonElementwise:
         num_dims = rows.shape[-1] // 2
         output = rows.new_empty(*rows.shape[:-1], num_dims)
         grid = (output.numel() // num_dims, triton.cdiv(num_dims, _BLOCK))
-        _silu_product[grid](rows, output, num_dims, BLOCK=_BLOCK, num_warps=4)
+        _silu_product[grid](
+            rows,
+            output,
+            num_dims,
+            BLOCK=_BLOCK,
+            num_warps=4,
+            **early_launch(rows.device),
+        )
         return output
 
 
@@ -186,6 +207,7 @@ def _norm(
         HAS_RESIDUAL=has_residual,
         BLOCK=triton.next_power_of_2(num_dims),
         num_warps=4,
+        **early_launch(rows.device),
     )
 
 
@@ -207,4 +229,5 @@ def store_kv(
         HEAD_DIM=head_dim,
         BLOCK=triton.next_power_of_2(head_dim),
         num_warps=1,
+        **early_launch(k_cache.device),
     )

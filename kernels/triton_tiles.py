@@ -1,4 +1,6 @@
-"""What the Triton kernels share: scores of a tile, and the running softmax over tiles."""
+"""What the Triton kernels share: how they begin, scores of a tile, the softmax over tiles."""
+
+from functools import cache
 
 import torch
 import triton
@@ -22,6 +24,25 @@ def choose_num_warps(block_m: int, block_d: int) -> int:
 def dot_precision(dtype: torch.dtype) -> str:
     """fp32 products are whole ones: rounded to tf32, a kernel would not agree with its oracle."""
     return "ieee" if dtype is torch.float32 else "tf32"
+
+
+@cache
+def early_launch(device: torch.device) -> dict[str, bool]:
+    """Options to launch a kernel with that calls begin(): from Hopper on it is launched while the
+    one before it still runs."""
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    if is_nvidia and torch.cuda.get_device_capability(device) >= (9, 0):
+        return {"IS_EARLY": True, "launch_pdl": True}
+    return {"IS_EARLY": False}
+
+
+@triton.jit
+def begin(IS_EARLY: tl.constexpr):
+    """Before anything is read: the kernel before is done then, and the next one may be launched
+    (programmatic dependent launch)."""
+    if IS_EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit

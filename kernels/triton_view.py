@@ -13,7 +13,15 @@ import triton.language as tl
 from magicdec.kernels import reference
 from magicdec.kernels.sparse_attention import CopiedView, DraftView
 from magicdec.kernels.triton_merge import launch_merge
-from magicdec.kernels.triton_tiles import capped, choose_block_m, dot_precision, log_sum, weighed
+from magicdec.kernels.triton_tiles import (
+    begin,
+    capped,
+    choose_block_m,
+    dot_precision,
+    early_launch,
+    log_sum,
+    weighed,
+)
 
 _SPLIT_KEYS = 128
 _BLOCK_N = 64
@@ -54,7 +62,9 @@ def _attend_listed(
     BLOCK_N: tl.constexpr,
     BLOCK_OWN: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):
+    begin(IS_EARLY)
     split = tl.program_id(0)
     num_splits = tl.num_programs(0)
     kv_head = tl.program_id(1)
@@ -189,6 +199,7 @@ class ListedView:
             BLOCK_D=triton.next_power_of_2(head_dim),
             num_warps=4,
             num_stages=2,
+            **early_launch(query.device),
         )
         launch_merge(outputs, lses, output, self._numbers[:batch], num_splits)
         return output

@@ -18,7 +18,7 @@ from magicdec.kernels.layer_dispatch import Elementwise, FewRowLinears
 
 logger = logging.getLogger(__name__)
 
-_TIMED_ROWS = (1, 8, 32)
+_TIMED_ROWS = (1, 8, 32, 40)
 _UNCLEAR = 0.05  # of a time
 
 SecondsOf = Callable[[Callable[[], torch.Tensor]], float]

@@ -125,14 +125,14 @@ def variants() -> list[Variant]:
 
 def _linears() -> list[Variant]:
     found = []
-    for block_m in (16, 32):
+    for block_m, num_warps in triton_linear.NUM_WARPS.items():
         tile = {
             "BLOCK_M": block_m,
             "BLOCK_N": triton_linear.BLOCK_N,
             "BLOCK_K": triton_linear.BLOCK_K,
         }
         num_stages = triton_linear.choose_num_stages(block_m, 2, SHARED_BYTES["sm_80"])
-        options = (triton_linear.NUM_WARPS, num_stages)
+        options = (num_warps, num_stages)
         for has_bias, has_residual, name in (
             (False, False, "linear"),
             (True, False, "linear and bias"),
@@ -150,10 +150,13 @@ def measure(variant: Variant, architecture: int) -> dict[str, int]:
     names = variant.kernel.arg_names
     types = {name: _type(name, variant) for name in names}
     aligned = [i for i, name in enumerate(names) if _is_aligned(name, types[name])]
+    constants = dict(variant.constants)
+    if "IS_EARLY" in names:
+        constants["IS_EARLY"] = architecture >= 90
     source = ASTSource(
         variant.kernel,
         types,
-        variant.constants,
+        constants,
         {(i,): [["tt.divisibility", 16]] for i in aligned},
     )
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
@@ -169,7 +172,7 @@ def _is_aligned(name: str, type_name: str) -> bool:
 
 
 def _type(name: str, variant: Variant) -> str:
-    if name in variant.constants:
+    if name in variant.constants or name == "IS_EARLY":
         return "constexpr"
     if name in variant.types:
         return variant.types[name]

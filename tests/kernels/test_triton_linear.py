@@ -87,7 +87,7 @@ def test_a_gated_linear_agrees_with_the_reference(
     torch.testing.assert_close(actual, expected, atol=4 * tolerance, rtol=4 * tolerance)
 
 
-@pytest.mark.parametrize("num_rows", [16, 32])
+@pytest.mark.parametrize("num_rows", [16, 32, 64])
 def test_a_row_does_not_depend_on_the_rows_beside_it(device: torch.device, num_rows: int) -> None:
     """Nor on where it is among them."""
     rows = made_up(num_rows, 256, seed=0, dtype=NARROW, device=device)
@@ -111,7 +111,7 @@ def test_a_sum_is_of_what_was_rounded(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "shape"), [(0, (64, 128)), (33, (64, 128)), (1, (96, 128)), (1, (64, 192))]
+    ("num_rows", "shape"), [(0, (64, 128)), (65, (64, 128)), (1, (96, 128)), (1, (64, 192))]
 )
 def test_other_sizes_do_not_fit(
     device: torch.device, num_rows: int, shape: tuple[int, int]
@@ -126,3 +126,4 @@ def test_stages_fit_the_shared_memory() -> None:
     choose = triton_linear.choose_num_stages
     assert [choose(16, 2, kib << 10) for kib in (163, 227, 99)] == [8, 8, 4]
     assert [choose(32, 2, kib << 10) for kib in (163, 227, 99)] == [6, 6, 4]
+    assert [choose(64, 2, kib << 10) for kib in (163, 227, 99)] == [5, 6, 3]
