@@ -117,7 +117,7 @@ class BlockPool:
         """How many of these are in more than one table."""
         return sum(self._num_references[block] > 1 for block in blocks)
 
-    def check_integrity(self, block_tables: Iterable[list[int]]) -> None:
+    def check_integrity(self, block_tables: Iterable[Iterable[int]]) -> None:
         """Every block is free, idle, or referenced just as often as tables hold it; only a
         registered one is held twice. Raises AssertionError otherwise."""
         held = Counter(block for table in block_tables for block in set(table))

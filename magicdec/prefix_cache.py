@@ -6,6 +6,7 @@ prefill or verify, and is never written again: rows are written at num_computed_
 """
 
 import hashlib
+from array import array
 from collections.abc import Iterable
 
 import numpy as np
@@ -66,7 +67,7 @@ class PrefixCache:
         # A block without the ones before it is never found: a chain is evicted from its tail.
         for key in reversed(sequence.block_hashes[: sequence.num_registered_blocks]):
             self._pool.touch(key)
-        sequence.block_table = []
+        sequence.block_table = array("q")
         sequence.num_registered_blocks = 0
 
     def check_integrity(self, running: Iterable[Sequence]) -> None:

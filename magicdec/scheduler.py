@@ -6,6 +6,7 @@ are that one rule. A prefix that is in the cache already is a num_computed_token
 """
 
 import itertools
+from array import array
 from collections import deque
 from dataclasses import replace
 
@@ -62,15 +63,15 @@ class Scheduler:
         num_rows = self._config.max_batch_tokens - len(self._decoding)
         while self._num_wanted(num_rows) < num_rows and self._admit():
             pass
-        chunks = self._chunks(num_rows)
+        chunks, decoding = self._chunks(num_rows), self._decoding
         return RoundLoad(
-            context_lens=tuple(len(s.token_ids) for s in self._decoding),
+            context_lens=tuple(len(s.token_ids) for s in decoding),
             num_prefill_rows=sum(rows for _, rows in chunks),
             prefill_products=float(
                 sum(rows * (s.num_computed_tokens + rows) for s, rows in chunks)
             ),
-            request_keys=tuple(s.request.request_id for s in self._decoding),
-            draft_limits=tuple(s.draft_limit(self._max_model_len) for s in self._decoding),
+            request_keys=tuple(s.request.request_id for s in decoding),
+            draft_limits=tuple(s.draft_limit(self._max_model_len) for s in decoding),
         )
 
     def schedule(self, plan: Plan) -> Batch:
@@ -171,13 +172,13 @@ class Scheduler:
     def _make_room(self) -> None:
         """A block for the next token of every decode row. Drafts come later and take what is free:
         nobody is preempted who would not be without them."""
-        while self._num_missing_blocks() > self.pool.num_free:
+        while self._num_missing_blocks(decoding := self._decoding) > self.pool.num_free:
             self._preempt(cheapest_victim(self.running, self.pool, self._block_size))
-        for sequence in self._decoding:
+        for sequence in decoding:
             self._extend(sequence, len(sequence.token_ids))
 
-    def _num_missing_blocks(self) -> int:
-        return sum(self._num_blocks(len(s.token_ids)) - len(s.block_table) for s in self._decoding)
+    def _num_missing_blocks(self, sequences: list[Sequence]) -> int:
+        return sum(self._num_blocks(len(s.token_ids)) - len(s.block_table) for s in sequences)
 
     def _reserve_lookahead(self, sequence: Sequence, draft_length: int) -> int:
         """Blocks for a draft, which shrinks to what is free. Returns its length."""
@@ -193,7 +194,7 @@ class Scheduler:
         needed = self._num_blocks(num_tokens) - len(sequence.block_table)
         if needed > 0:
             last = sequence.block_table[-1]
-            sequence.block_table += self.pool.allocate(needed, after=last)
+            sequence.block_table.extend(self.pool.allocate(needed, after=last))
 
     def _num_wanted(self, num_rows: int) -> int:
         return rows_wanted([s.num_uncomputed_tokens for s in self._prefilling], num_rows)
@@ -224,7 +225,7 @@ class Scheduler:
         self.waiting.popleft()
         self.pool.share(cached)
         after = cached[-1] if cached else None
-        sequence.block_table = cached + self.pool.allocate(needed - len(cached), after)
+        sequence.block_table = array("q", cached + self.pool.allocate(needed - len(cached), after))
         sequence.num_computed_tokens = len(cached) * self._block_size
         sequence.num_registered_blocks = len(cached)
         self._count_cached(sequence)

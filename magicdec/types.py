@@ -3,6 +3,7 @@
 Imports nothing of ours and no torch, so that a stateless ingress can use it.
 """
 
+from array import array
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -203,7 +204,8 @@ class Sequence:
     token_ids: list[int]
     sequence_id: int = 0  # of this stay in the running set
     num_computed_tokens: int = 0
-    block_table: list[int] = field(default_factory=list)
+    # An array: a long one becomes numpy's each round.
+    block_table: array[int] = field(default_factory=lambda: array("q"))
     block_hashes: list[bytes] = field(default_factory=list)  # of its first full blocks
     num_registered_blocks: int = 0  # of block_table, known to the prefix cache
     num_cached_tokens: int | None = None  # of the prompt, found when it was first admitted
@@ -228,7 +230,8 @@ class Sequence:
     @property
     def decodes(self) -> bool:
         """Its last token, an output token, is all that is not computed."""
-        return self.num_uncomputed_tokens == 1 and self.num_output_tokens > 0
+        num_tokens = len(self.token_ids)
+        return num_tokens - self.num_computed_tokens == 1 and num_tokens > self.num_prompt_tokens
 
     def useful_draft_length(self, max_model_len: int) -> int:
         """Tokens past the end of the request or of the context would be thrown away."""

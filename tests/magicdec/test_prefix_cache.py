@@ -1,5 +1,6 @@
 """Prompts that begin alike share blocks, and nobody's tokens change by it."""
 
+from array import array
 from collections.abc import Callable
 from collections.abc import Sequence as Tokens
 from dataclasses import replace
@@ -217,7 +218,7 @@ def test_a_stop_within_an_accepted_draft_leaves_only_right_blocks(
 def filled(cache: PrefixCache, pool: BlockPool, tokens: list[int]) -> Sequence:
     """A running sequence, all of its tokens computed."""
     sequence = Sequence(Request("r", (0,)), 0, list(tokens))
-    sequence.block_table = pool.allocate(-(-len(tokens) // BLOCK_SIZE))
+    sequence.block_table = array("q", pool.allocate(-(-len(tokens) // BLOCK_SIZE)))
     sequence.num_computed_tokens = len(tokens)
     return sequence
 
