@@ -205,7 +205,7 @@ class Sequence:
     sequence_id: int = 0  # of this stay in the running set
     num_computed_tokens: int = 0
     # An array: a long one becomes numpy's each round.
-    block_table: array[int] = field(default_factory=lambda: array("q"))
+    block_table: "array[int]" = field(default_factory=lambda: array("q"))
     block_hashes: list[bytes] = field(default_factory=list)  # of its first full blocks
     num_registered_blocks: int = 0  # of block_table, known to the prefix cache
     num_cached_tokens: int | None = None  # of the prompt, found when it was first admitted
