@@ -8,7 +8,9 @@ whose prefix cache holds all documents. It runs the batch for one token each, tw
 all of them: the first run computes the prompts, the others find them there, and the second is what
 a job takes beside its decoding. The decode rate is the other tokens over the difference of the last
 two; the total rate counts all tokens, and that difference with the first run. Arms run in turn,
-so a machine that slows down is not told from a slow arm: `--repetitions` runs them all again.
+so a machine that slows down is not told from a slow arm: `--repetitions` runs them all again, in
+the other order every second time. `--in-process` leaves Ray out (batch_in_process.py): one engine
+for all arms, whose prompts are computed once.
 """
 
 import argparse
@@ -38,11 +40,11 @@ from magicdec.deployments.batch_stages import engine_stages
 from magicdec.deployments.embedded_model import EMBEDDED_MODEL_NAME, resolve_model
 from magicdec.deployments.settings import ServeSettings, load_settings
 from magicdec.model_loader import load_tokenizer
+from tests.benchmarks.batch_in_process import InProcess
 from tests.benchmarks.bench_acceptance import machine_name
+from tests.benchmarks.policy_arms import ADAPTIVE, FIXED, PLAIN
 
 SHORTEST, LONGEST = 500, 7000  # tokens of a document
-ADAPTIVE, PLAIN = "adaptive", "plain"
-FIXED = {f"{n} x {b}": (n, b) for n, b in ((2, 512), (4, 512), (6, 512), (4, 256), (4, 1024))}
 APP_NAME = "magicdec-bench-batch"
 
 
@@ -61,14 +63,41 @@ def main() -> None:
     prompts = cut_documents(args)
     arms = args.arms or [PLAIN, *FIXED, ADAPTIVE]
     found: dict[str, list[Measured]] = {arm: [] for arm in arms}
-    with ray_cluster(None, show_worker_logs=False), tempfile.TemporaryDirectory() as folder:
-        for _ in range(args.repetitions):
-            for arm in arms:
-                measured = measure(arm, prompts, Path(folder), args)
-                found[arm].append(measured)
-                print(f"{arm:>10}: decode {measured.decode_rate:7.1f} tokens/s, "
-                      f"all {measured.total_rate:7.1f} tokens/s", flush=True)  # fmt: skip
+    turns = [arms[::-1] if turn % 2 else arms for turn in range(args.repetitions)]
+    measurements = in_process if args.in_process else by_jobs
+    for arm, measured in measurements([arm for turn in turns for arm in turn], prompts, args):
+        found[arm].append(measured)
+        print(f"{arm:>10}: decode {measured.decode_rate:7.1f} tokens/s, "
+              f"all {measured.total_rate:7.1f} tokens/s", flush=True)  # fmt: skip
     report(found)
+
+
+def by_jobs(
+    arms: list[str], prompts: list[list[int]], args: argparse.Namespace
+) -> Iterator[tuple[str, Measured]]:
+    """An engine for each arm, each time."""
+    with ray_cluster(None, show_worker_logs=False), tempfile.TemporaryDirectory() as folder:
+        for arm in arms:
+            yield arm, measure(arm, prompts, Path(folder), args)
+
+
+def in_process(
+    arms: list[str], prompts: list[list[int]], args: argparse.Namespace
+) -> Iterator[tuple[str, Measured]]:
+    """One engine for all of them."""
+    engine, num_prompt_tokens = InProcess(prompts, args), sum(len(ids) for ids in prompts)
+    prefill = engine.run(PLAIN, 1).seconds
+    for arm in arms:
+        again, decoding = engine.run(arm, 1), engine.run(arm, args.tokens)
+        seconds, num_tokens = decoding.seconds - again.seconds, decoding.num_tokens
+        yield (
+            arm,
+            Measured(
+                (num_tokens - again.num_tokens) / seconds,
+                (num_prompt_tokens + num_tokens) / (prefill + seconds),
+                decoding.mean_acceptance_length,
+            ),
+        )
 
 
 def cut_documents(args: argparse.Namespace) -> list[list[int]]:
@@ -192,6 +221,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--kv-cache-gib", type=float, default=8.0)
     parser.add_argument("--arms", nargs="+", choices=[PLAIN, *FIXED, ADAPTIVE])
     parser.add_argument("--repetitions", type=int, default=1)
+    parser.add_argument("--in-process", action="store_true", help="one engine, without Ray")
+    parser.add_argument("--threads", type=int, default=2, help="of that engine")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
