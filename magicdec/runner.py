@@ -124,12 +124,13 @@ class ModelRunner:
         )
         graphs: ForwardGraphs | None = None
         draft_graphs: DraftGraphs | None = None
-        # Of a sharded model the ranks' exchanges are launched from the host.
+        # Of a sharded model NCCL's exchanges are captured with the rest; gloo's run on the host.
         is_whole = self._config.parallel.tensor_parallel_size == 1
-        if is_whole and self._backend.paged_on_device is not None:
+        if (is_whole or model.device.type == "cuda") and self._backend.paged_on_device is not None:
             shared = self._cache, self._backend, Capturer(model.device), self._max_model_len
             graphs = ForwardGraphs(self.forward, *shared)
-            draft_graphs = DraftGraphs(self.forward, model.layers, *shared, self._rule.only_scales)
+            own = self._rule.only_scales, model.vocabulary
+            draft_graphs = DraftGraphs(self.forward, model.layers, *shared, *own)
         self._target_forward = TargetForward(self.forward, self._cache, self._backend, graphs)
         self._drafters = build_drafters(
             self.forward,

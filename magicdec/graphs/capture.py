@@ -49,7 +49,8 @@ class Capturer:
                 step()
         torch.cuda.current_stream(self._device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Of this thread: NCCL's own looks after its collectives meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             output = step()
         self._pool = graph.pool()
         return graph, output

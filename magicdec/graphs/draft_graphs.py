@@ -29,6 +29,7 @@ from magicdec.kernels.sparse_attention import DeviceView
 from magicdec.kernels.view_columns import ViewColumns
 from magicdec.kv_cache import LayerSpec, PagedKVCache
 from magicdec.sampler import SamplerRow, scaled_scores
+from magicdec.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -94,17 +95,20 @@ class StaticDraftStep:
 
     forward: KeptForward
     choose: ChooseOnDevice
+    vocabulary: Vocabulary  # that the logits are a rank's share of
     inputs: DraftInputs
     views: _GraphViews
     drafted: torch.Tensor  # int64 [MAX_STEPS, bucket]
 
     def __call__(self) -> torch.Tensor:
-        """Logits [bucket, vocab_size]; the inputs are the next step's then."""
-        inputs = self.inputs
+        """Logits [bucket, this rank's share]; the inputs are the next step's then."""
+        inputs, vocabulary = self.inputs, self.vocabulary
         logits = self.forward(inputs.token_ids, inputs.positions, self.views)
         scores = logits.float()
-        scores = scaled_scores(scores, scores.amax(dim=1), inputs.temperatures)
-        chosen = self.choose(scores, inputs.keys).chosen()
+        greatest = vocabulary.greatest(scores.amax(dim=1))
+        scores = scaled_scores(scores, greatest, inputs.temperatures)
+        winners = self.choose(scores, inputs.keys, vocabulary.start)
+        chosen = vocabulary.best(winners).chosen()
         self.drafted.index_copy_(0, inputs.step.long(), chosen[None])
         inputs.advance(chosen)
         return logits
@@ -179,6 +183,7 @@ class DraftGraphs:
         capturer: Capturer,
         max_model_len: int,
         may_choose: Callable[[list[SamplerRow]], bool],  # see VerificationRule.only_scales
+        vocabulary: Vocabulary,  # that the forward's logits are a rank's share of
     ) -> None:
         self._forward = forward
         self._has_windows = any(spec.sliding_window is not None for spec in layers)
@@ -186,6 +191,7 @@ class DraftGraphs:
         self._backend = backend
         self._capturer = capturer
         self._may_choose = may_choose
+        self._vocabulary = vocabulary
         blocks = -(-(max_model_len + MAX_STEPS + 1) // cache.block_size)
         self._max_blocks = min(blocks, cache.num_blocks)
         self._view_inputs: dict[int, ViewInputs] = {}  # by bucket
@@ -215,7 +221,7 @@ class DraftGraphs:
         inputs = DraftInputs(torch.zeros(size, dtype=torch.int64, device=device))
         views = _GraphViews(self._cache, self._backend, bucket, width, inputs.step)
         drafted = torch.zeros(MAX_STEPS, bucket, dtype=torch.int64, device=device)
-        return StaticDraftStep(self._forward, choose, inputs, views, drafted)
+        return StaticDraftStep(self._forward, choose, self._vocabulary, inputs, views, drafted)
 
     def _capture(self, bucket: int, width: int) -> _Captured:
         step = self.static_step(bucket, width)

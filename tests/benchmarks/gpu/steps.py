@@ -120,7 +120,9 @@ class Steps:
         if self._backend.paged_on_device is not None:
             shared = self._cache, self._backend, Capturer(model.device), context
             self._forwards = ForwardGraphs(model.forward, *shared)
-            self._drafts = DraftGraphs(model.forward, model.layers, *shared, lambda rows: True)
+            self._drafts = DraftGraphs(
+                model.forward, model.layers, *shared, lambda rows: True, model.vocabulary
+            )
 
     def floor_bytes(self, num_keys: int) -> int:
         """Weights once, and so many keys and values of each sequence. Of the embedding a step

@@ -20,10 +20,12 @@ from magicdec.model_loader import LoadedModel, describe_model
 from magicdec.sampler import SamplerRow
 from magicdec.sparse_kv import Selection
 from magicdec.types import SamplingParams
+from magicdec.vocabulary import Vocabulary, even_bounds
 from tests.conftest import FAMILIES
 from tests.kernels.layouts import make_layout
 from tests.magicdec.graphs.captured_region import CapturedRegion, tensors_of
 from tests.magicdec.graphs.eager_capturer import EagerCapturer
+from tests.ranks import ThreadRanks
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKEND = triton_backend()
@@ -54,9 +56,11 @@ def made_up(model: LoadedModel) -> tuple[PagedKVCache, DraftViews]:
     return cache, DraftViews(layout, CONFIG, NUM_STEPS, budgets, selections)
 
 
-def graphs_of(model: LoadedModel, cache: PagedKVCache) -> DraftGraphs:
+def graphs_of(
+    model: LoadedModel, cache: PagedKVCache, vocabulary: Vocabulary | None = None
+) -> DraftGraphs:
     capturer = Capturer(DEVICE)
-    limits = 90, lambda rows: True
+    limits = 90, lambda rows: True, vocabulary or model.vocabulary
     return DraftGraphs(model.forward, model.layers, cache, BACKEND, capturer, *limits)
 
 
@@ -90,6 +94,26 @@ def test_a_step_could_be_captured() -> None:
     step = step_over(model, cache, views)
     with CapturedRegion([*tensors_of(model, cache), *step.static]):
         step()
+
+
+@torch.inference_mode()
+def test_ranks_that_share_a_vocabulary_choose_what_one_rank_does() -> None:
+    """Greedy, and with noise."""
+    logits = torch.randn(4, 700, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    rows = [SamplerRow(SamplingParams(temperature=t, seed=9), 71, None, 4) for t in (0.0, 0.7, 1.3)]
+    model = loaded("llama")
+
+    def chosen_by(vocabulary: Vocabulary) -> list[int]:
+        cache, _ = made_up(model)
+        step = graphs_of(model, cache, vocabulary).static_step(bucket=4, width=256)
+        mine = logits[:, vocabulary.start : vocabulary.stop]
+        step.inputs.write([0] * 3, list(CONTEXT_LENS), [90] * 3, rows)
+        replace(step, forward=lambda *inputs: mine)()
+        return step.drafted[0, :3].tolist()
+
+    whole = chosen_by(Vocabulary.whole(700))
+    assert len(set(whole)) > 1
+    assert ThreadRanks(even_bounds(700, 3)).run(chosen_by) == [whole] * 3
 
 
 @torch.inference_mode()
