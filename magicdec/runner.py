@@ -13,6 +13,7 @@ from magicdec.drafters.draft_model import DraftModel
 from magicdec.graphs.capture import Capturer
 from magicdec.graphs.draft_graphs import DraftGraphs
 from magicdec.graphs.forward_graphs import ForwardGraphs
+from magicdec.graphs.replay_trial import replays_agree
 from magicdec.kernels.dispatch import select_backend, select_gumbel_argmax
 from magicdec.kv_cache import PagedKVCache
 from magicdec.model_loader import LoadedModel, load_draft_model, load_model, read_model_facts
@@ -122,15 +123,7 @@ class ModelRunner:
         self._cache = PagedKVCache(
             model.layers, self._config.cache.block_size, num_blocks, model.kv_dtype, model.device
         )
-        graphs: ForwardGraphs | None = None
-        draft_graphs: DraftGraphs | None = None
-        # Of a sharded model NCCL's exchanges are captured with the rest; gloo's run on the host.
-        is_whole = self._config.parallel.tensor_parallel_size == 1
-        if (is_whole or model.device.type == "cuda") and self._backend.paged_on_device is not None:
-            shared = self._cache, self._backend, Capturer(model.device), self._max_model_len
-            graphs = ForwardGraphs(self.forward, *shared)
-            own = self._rule.only_scales, model.vocabulary
-            draft_graphs = DraftGraphs(self.forward, model.layers, *shared, *own)
+        graphs, draft_graphs = self._graphs(self._cache)
         self._target_forward = TargetForward(self.forward, self._cache, self._backend, graphs)
         self._drafters = build_drafters(
             self.forward,
@@ -143,6 +136,21 @@ class ModelRunner:
             self._draft_rule.propose,
             draft_graphs,
         )
+
+    def _graphs(self, cache: PagedKVCache) -> tuple[ForwardGraphs | None, DraftGraphs | None]:
+        """Of a sharded model NCCL's exchanges are captured with the rest; gloo's run on the host,
+        and its steps are launched."""
+        model, backend = self._model, self._backend
+        is_whole = self._config.parallel.tensor_parallel_size == 1
+        if backend.paged_on_device is None or not (is_whole or model.device.type == "cuda"):
+            return None, None
+        shared = cache, backend, Capturer(model.device), self._max_model_len
+        graphs = ForwardGraphs(self.forward, *shared)
+        own = cache, backend, graphs, model.vocabulary
+        if not (is_whole or replays_agree(self.forward, *own)):
+            return None, None
+        rule = self._rule.only_scales, model.vocabulary
+        return graphs, DraftGraphs(self.forward, model.layers, *shared, *rule)
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> StepResult:

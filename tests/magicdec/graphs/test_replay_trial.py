@@ -1,0 +1,60 @@
+"""Replays are served only where they do what launched steps do."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from magicdec.graphs.forward_graphs import ForwardGraphs
+from magicdec.graphs.replay_trial import replays_agree
+from magicdec.kernels.dispatch import triton_backend
+from magicdec.kv_cache import PagedKVCache
+from magicdec.model_loader import LoadedModel, describe_model
+from magicdec.vocabulary import Vocabulary
+from tests.conftest import FAMILIES
+from tests.magicdec.graphs.captured_region import tensors_of
+from tests.magicdec.graphs.eager_capturer import EagerCapturer
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BACKEND = triton_backend()
+
+
+class FrozenCapturer(EagerCapturer):
+    """Its replays leave what the capture left, as where an exchange was not captured."""
+
+    def capture(self, step: Any) -> Any:
+        graph, output = super().capture(step)
+        graph.replay = lambda: None  # type: ignore[method-assign]
+        return graph, output
+
+
+@pytest.fixture(scope="module")
+def model() -> LoadedModel:
+    torch.manual_seed(0)
+    module: Any = AutoModelForCausalLM.from_config(FAMILIES["llama"]())
+    return describe_model(module.to(DEVICE), "float32")
+
+
+@pytest.mark.parametrize(("kind", "agrees"), [(EagerCapturer, True), (FrozenCapturer, False)])
+def test_a_replay_is_held_to_a_launched_step(
+    model: LoadedModel, kind: type[EagerCapturer], agrees: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = PagedKVCache(model.layers, 16, 4, torch.float32, DEVICE)
+    graphs = ForwardGraphs(
+        model.forward, cache, BACKEND, kind(DEVICE, tensors_of(model, cache)), 40
+    )
+    assert replays_agree(model.forward, cache, BACKEND, graphs, model.vocabulary) is agrees
+    assert any("are launched" in message for message in caplog.messages) is not agrees
+
+
+def test_ranks_go_by_the_worst_of_them(model: LoadedModel) -> None:
+    """This one agrees; another is off by all of its logits, or has NaNs."""
+    cache = PagedKVCache(model.layers, 16, 4, torch.float32, DEVICE)
+    static = tensors_of(model, cache)
+    for other in (1.0, float("nan")):
+        graphs = ForwardGraphs(model.forward, cache, BACKEND, EagerCapturer(DEVICE, static), 40)
+        vocabulary = Vocabulary(
+            (0, 8, 16), 0, lambda part, other=other: torch.stack([part, part * 0 + other])
+        )
+        assert not replays_agree(model.forward, cache, BACKEND, graphs, vocabulary)
