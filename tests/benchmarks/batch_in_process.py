@@ -24,8 +24,9 @@ from magicdec.control.round_policy import FixedPolicy, RoundPolicy
 from magicdec.deployments.batch_engines import UNBOUNDED_S
 from magicdec.deployments.embedded_model import resolve_model
 from magicdec.deployments.engine_builder import build_engine
+from magicdec.deployments.live_bench import PLAIN
 from magicdec.types import Request, SamplingParams
-from tests.benchmarks.policy_arms import FIXED, PLAIN
+from tests.benchmarks.policy_arms import FIXED
 
 _BLOCK = 64
 

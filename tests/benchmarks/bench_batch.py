@@ -38,11 +38,12 @@ from magicdec.deployments.batch_row import COMPLETIONS_URL, RowDefaults
 from magicdec.deployments.batch_sources import JsonLines
 from magicdec.deployments.batch_stages import engine_stages
 from magicdec.deployments.embedded_model import EMBEDDED_MODEL_NAME, resolve_model
+from magicdec.deployments.live_bench import PLAIN
 from magicdec.deployments.settings import ServeSettings, load_settings
 from magicdec.model_loader import load_tokenizer
 from tests.benchmarks.batch_in_process import InProcess
 from tests.benchmarks.bench_acceptance import machine_name
-from tests.benchmarks.policy_arms import ADAPTIVE, FIXED, PLAIN
+from tests.benchmarks.policy_arms import ADAPTIVE, FIXED
 
 SHORTEST, LONGEST = 500, 7000  # tokens of a document
 APP_NAME = "magicdec-bench-batch"

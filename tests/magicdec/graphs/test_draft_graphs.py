@@ -111,9 +111,9 @@ def test_ranks_that_share_a_vocabulary_choose_what_one_rank_does() -> None:
         mine = logits[:, vocabulary.start : vocabulary.stop]
         step.inputs.write([0] * 3, list(CONTEXT_LENS), [90] * 3, rows)
 
-        def choose(*inputs: Any) -> Winners:
+        def choose(scores: torch.Tensor, keys: torch.Tensor, first_entry: int = 0) -> Winners:
             with one_at_a_time:  # triton's interpreter knows no threads
-                return step.choose(*inputs)
+                return step.choose(scores, keys, first_entry)
 
         replace(step, forward=lambda *inputs: mine, choose=choose)()
         return step.drafted[0, :3].tolist()

@@ -69,6 +69,7 @@ class Case:
             self.capturer,
             90,
             self.rule.only_scales,
+            self.model.vocabulary,
         )
 
     def sequences(
