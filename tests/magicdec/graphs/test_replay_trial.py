@@ -48,13 +48,15 @@ def test_a_replay_is_held_to_a_launched_step(
     assert any("are launched" in message for message in caplog.messages) is not agrees
 
 
-def test_ranks_go_by_the_worst_of_them(model: LoadedModel) -> None:
+@pytest.mark.parametrize("other", [1.0, float("nan")])
+def test_ranks_go_by_the_worst_of_them(model: LoadedModel, other: float) -> None:
     """This one agrees; another is off by all of its logits, or has NaNs."""
+
+    def all_gather(part: torch.Tensor) -> torch.Tensor:
+        return torch.stack([part, torch.full_like(part, other)])
+
     cache = PagedKVCache(model.layers, 16, 4, torch.float32, DEVICE)
-    static = tensors_of(model, cache)
-    for other in (1.0, float("nan")):
-        graphs = ForwardGraphs(model.forward, cache, BACKEND, EagerCapturer(DEVICE, static), 40)
-        vocabulary = Vocabulary(
-            (0, 8, 16), 0, lambda part, other=other: torch.stack([part, part * 0 + other])
-        )
-        assert not replays_agree(model.forward, cache, BACKEND, graphs, vocabulary)
+    capturer = EagerCapturer(DEVICE, tensors_of(model, cache))
+    graphs = ForwardGraphs(model.forward, cache, BACKEND, capturer, 40)
+    vocabulary = Vocabulary((0, 8, 16), 0, all_gather)
+    assert not replays_agree(model.forward, cache, BACKEND, graphs, vocabulary)
