@@ -15,6 +15,8 @@ class Detokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...]) -> None:
         self._tokenizer = tokenizer
+        # Not text, but the stream would decode all of a run of them at each one.
+        self._special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         self._stream = _new_stream()
         self._stop = stop
         self._held = ""
@@ -32,6 +34,8 @@ class Detokenizer:
         return rest if self.stopped else rest + self._give_up_undecoded()
 
     def _decode(self, token_id: int) -> str:
+        if token_id in self._special:
+            return ""
         backend = self._tokenizer.backend_tokenizer
         try:
             text = self._stream.step(backend, token_id)

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
+from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
 from magicdec.detokenizer import Detokenizer
@@ -50,6 +51,41 @@ def test_the_text_ends_before_the_first_stop_string(text: str, stop: list[str]) 
         longest = max(len(s) for s in stop if text[:first].endswith(s))
         assert released == text[: first - longest]
         assert detokenizer.stopped
+
+
+@settings(deadline=None)
+@given(
+    text=st.text(alphabet="ab漢🙂", max_size=12),
+    places=st.lists(st.integers(0, 40), max_size=6),
+)
+def test_special_tokens_are_no_text_wherever_they_stand(text: str, places: list[int]) -> None:
+    """Within the bytes of a character, too."""
+    ids = list(TOKENIZER(text)["input_ids"])
+    for place in places:
+        ids.insert(min(place, len(ids)), EOS)
+    detokenizer = Detokenizer(TOKENIZER, ())
+    pieces = [detokenizer.append(token_id, may_stop=True) for token_id in ids]
+    assert "".join(pieces) + detokenizer.flush() == text
+
+
+def test_a_run_of_special_tokens_is_not_decoded_at_each_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    steps: list[int] = []
+
+    class Counting:
+        def __init__(self, skip_special_tokens: bool) -> None:
+            self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+
+        def step(self, tokenizer: Tokenizer, token_id: int) -> str | None:
+            steps.append(token_id)
+            return self._stream.step(tokenizer, token_id)
+
+    monkeypatch.setattr("magicdec.detokenizer.DecodeStream", Counting)
+    detokenizer = Detokenizer(TOKENIZER, ())
+    (letter,) = TOKENIZER("a")["input_ids"]
+    text = "".join(detokenizer.append(i, may_stop=True) for i in [EOS] * 50 + [letter])
+    assert (text, steps) == ("a", [letter])
 
 
 def test_a_possible_beginning_of_a_stop_string_is_held_back_until_it_is_none() -> None:
