@@ -36,11 +36,11 @@ def weight_element_bytes(dtype: str, device: torch.device) -> int:
 
 def packing_library(dtype: str, device: torch.device) -> ctypes.CDLL | None:
     """What multiplies rows with packed bf16 weights, where a bfloat16 model is computed so: fp32
-    rows, or bf16 ones where the processor multiplies pairs of them and has no matrix units.
+    rows, or bf16 ones where the processor multiplies pairs of them, or has matrix units.
 
     None: torch's linears serve, in fp32 where nothing can be compiled.
     """
     library = compiled_library() if device.type == "cpu" and dtype == "bfloat16" else None
     if library is None or compute_dtype(dtype, device) is torch.float32:
         return library
-    return library if library.multiplies_pairs() else None
+    return library if library.multiplies_narrow_rows() else None

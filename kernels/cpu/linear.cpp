@@ -9,7 +9,7 @@
 #include <algorithm>
 
 #include "calls.h"
-#include "matrix_tiles.h"
+#include "matrix_linear.h"
 #include "vectors.h"
 
 namespace {
@@ -110,6 +110,18 @@ void multiply_all(const LinearCall* call) {
   }
 }
 
+void multiply_in_matrices(const LinearCall* call) {
+  thread_local Buffer room;
+  const MatrixLinear linear(*call, room);
+  const int64_t num_blocks = (call->num_outputs + kWidth - 1) / kWidth;
+#pragma omp parallel num_threads(call->num_threads)
+  {
+    const MatrixUnits units(true);
+#pragma omp for schedule(static)
+    for (int64_t block = 0; block < num_blocks; ++block) linear.multiply(block * kWidth);
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -119,7 +131,16 @@ int64_t linear_width() { return kWidth; }
 // Whether bfloat16 is multiplied in pairs here: not where matrix units would do it.
 int64_t multiplies_pairs() { return kHasPairProducts && !kHasMatrixUnits; }
 
+// Whether rows in bfloat16 are multiplied with these weights faster than by other libraries.
+int64_t multiplies_narrow_rows() { return kHasPairProducts; }
+
 void linear_float32(const LinearCall* call) { multiply_all<float>(call); }
-void linear_bfloat16(const LinearCall* call) { multiply_all<BFloat16>(call); }
+void linear_bfloat16(const LinearCall* call) {
+  if constexpr (kHasMatrixUnits) {
+    static_assert(kWidth == MatrixLinear::kWidth);
+    if (fit_matrices(call->num_inputs)) return multiply_in_matrices(call);
+  }
+  multiply_all<BFloat16>(call);
+}
 
 }  // extern "C"
