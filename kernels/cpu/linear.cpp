@@ -137,7 +137,7 @@ int64_t multiplies_narrow_rows() { return kHasPairProducts; }
 void linear_float32(const LinearCall* call) { multiply_all<float>(call); }
 void linear_bfloat16(const LinearCall* call) {
   if constexpr (kHasMatrixUnits) {
-    static_assert(kWidth == MatrixLinear::kWidth);
+    static_assert(!kHasMatrixUnits || kWidth == MatrixLinear::kWidth);
     if (fit_matrices(call->num_inputs)) return multiply_in_matrices(call);
   }
   multiply_all<BFloat16>(call);
