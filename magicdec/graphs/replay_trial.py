@@ -33,16 +33,16 @@ def replays_agree(
     """
     layout = PagedLayout((_NUM_ROWS,), (0,), (np.zeros(1, dtype=np.int64),), cache.block_size)
     keep = torch.arange(_NUM_ROWS)
-    difference = 0.0
+    differences = []
     for first in (0, _NUM_ROWS):
         token_ids = torch.arange(first, first + _NUM_ROWS)
         replayed = graphs.forward(layout, token_ids, keep)
         attention = PagedAttention(cache, layout, backend)
         launched = forward(token_ids, row_positions(layout), attention, keep)
-        largest = float((replayed - launched).float().abs().max())
-        difference = max(difference, largest / float(launched.float().abs().max()))
-    of_ranks = torch.tensor([difference], device=cache.k[0].device)
-    worst = float(vocabulary.greatest(of_ranks))
+        largest = (replayed - launched).float().abs().amax()
+        differences.append(largest / launched.float().abs().amax())
+    # NaN where one is: a tensor's maximum keeps it, Python's may not.
+    worst = float(vocabulary.greatest(torch.stack(differences).amax()[None]))
     if not worst <= _TOLERANCE:
         logger.warning("replayed steps are off by %.3g of the logits: steps are launched", worst)
     return worst <= _TOLERANCE

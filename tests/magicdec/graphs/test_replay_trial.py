@@ -23,10 +23,19 @@ BACKEND = triton_backend()
 class FrozenCapturer(EagerCapturer):
     """Its replays leave what the capture left, as where an exchange was not captured."""
 
+    left = 0.0
+
     def capture(self, step: Any) -> Any:
         graph, output = super().capture(step)
+        output.fill_(self.left)
         graph.replay = lambda: None  # type: ignore[method-assign]
         return graph, output
+
+
+class NanCapturer(FrozenCapturer):
+    """The same over memory that held anything."""
+
+    left = float("nan")
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +45,9 @@ def model() -> LoadedModel:
     return describe_model(module.to(DEVICE), "float32")
 
 
-@pytest.mark.parametrize(("kind", "agrees"), [(EagerCapturer, True), (FrozenCapturer, False)])
+@pytest.mark.parametrize(
+    ("kind", "agrees"), [(EagerCapturer, True), (FrozenCapturer, False), (NanCapturer, False)]
+)
 def test_a_replay_is_held_to_a_launched_step(
     model: LoadedModel, kind: type[EagerCapturer], agrees: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
