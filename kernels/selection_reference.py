@@ -1,7 +1,5 @@
 """Plain torch oracles of what a draft's view is chosen by, written for reading."""
 
-from collections.abc import Sequence
-
 import torch
 
 from magicdec.kernels.paged_layout import PagedLayout
@@ -58,21 +56,6 @@ def attention_mass(
                 scores = softcap * torch.tanh(scores / softcap)
             mass[kv_head, :visible] += torch.softmax(scores, dim=0)
     return mass
-
-
-def layered_mass(
-    queries: Sequence[torch.Tensor],  # a layer: [num_query_heads, num_rows, head_dim]
-    k_caches: Sequence[torch.Tensor],
-    layout: PagedLayout,
-    sequence: int,
-    scaling: float,
-    softcap: float | None = None,
-) -> torch.Tensor:
-    """attention_mass() of each layer."""
-    layers = zip(queries, k_caches, strict=True)
-    return torch.stack(
-        [attention_mass(q, k, layout, sequence, scaling, softcap) for q, k in layers]
-    )
 
 
 def rank_top(

@@ -37,7 +37,7 @@ class FewRowLinear(nn.Linear):
     """An nn.Linear, of its own weight, by a kernel where that is faster for so few rows."""
 
     def __init__(self, linear: nn.Linear, kernels: FewRowLinears, tiles: Collection[int]) -> None:
-        """`tiles`: of FewRowLinears.tile_rows, those that the kernel is faster for."""
+        """`tiles`: of FewRowLinears.tile_rows, those whose rows go to the kernel."""
         bias = linear.bias is not None
         super().__init__(linear.in_features, linear.out_features, bias, device="meta")
         self.weight, self.bias = linear.weight, linear.bias

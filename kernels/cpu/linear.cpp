@@ -110,6 +110,8 @@ void multiply_all(const LinearCall* call) {
   }
 }
 
+static_assert(!kHasMatrixUnits || kWidth == MatrixLinear::kWidth);
+
 void multiply_in_matrices(const LinearCall* call) {
   thread_local Buffer room;
   const MatrixLinear linear(*call, room);
@@ -137,7 +139,6 @@ int64_t multiplies_narrow_rows() { return kHasPairProducts; }
 void linear_float32(const LinearCall* call) { multiply_all<float>(call); }
 void linear_bfloat16(const LinearCall* call) {
   if constexpr (kHasMatrixUnits) {
-    static_assert(!kHasMatrixUnits || kWidth == MatrixLinear::kWidth);
     if (fit_matrices(call->num_inputs)) return multiply_in_matrices(call);
   }
   multiply_all<BFloat16>(call);

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from magicdec.batch import Plan
 from magicdec.config import (
     AdaptiveConfig,
     CacheConfig,
@@ -20,13 +19,12 @@ from magicdec.config import (
     ParallelConfig,
     SpeculativeConfig,
 )
-from magicdec.control.round_policy import FixedPolicy, RoundPolicy
 from magicdec.deployments.batch_engines import UNBOUNDED_S
 from magicdec.deployments.embedded_model import resolve_model
 from magicdec.deployments.engine_builder import build_engine
-from magicdec.deployments.live_bench import PLAIN
+from magicdec.deployments.live_bench import LiveBench
 from magicdec.types import Request, SamplingParams
-from tests.benchmarks.policy_arms import FIXED
+from tests.benchmarks.policy_arms import policy_of
 
 _BLOCK = 64
 
@@ -53,17 +51,15 @@ class InProcess:
             ),
             parallel=ParallelConfig(num_threads=args.threads),
         )
-        self._engine = build_engine(config).engine
-        self._adaptive = self._engine.policy
-        self._speculation = config.speculation
+        self._live = LiveBench(build_engine(config))
         self._prompts = sorted(prompts, key=len, reverse=True)
         self._temperature = args.temperature
         self._names = itertools.count()
 
     def run(self, arm: str, num_tokens: int) -> Job:
         """So many tokens a row."""
-        engine, stats = self._engine, self._engine.stats
-        engine.policy = self._policy(arm)
+        engine, stats = self._live.engine, self._live.engine.stats
+        engine.policy = policy_of(self._live, arm)
         rows, accepted = stats.num_decode_rows, stats.num_accepted_tokens
         started, num_emitted = time.perf_counter(), 0
         for request in self._requests(num_tokens):
@@ -81,11 +77,3 @@ class InProcess:
                 temperature=self._temperature, seed=seed, max_tokens=num_tokens, ignore_eos=True
             )
             yield Request(f"r{next(self._names)}", tuple(ids), sampling)
-
-    def _policy(self, arm: str) -> RoundPolicy:
-        if arm in FIXED:
-            return FixedPolicy(Plan(self._speculation.drafter, *FIXED[arm]))
-        if arm == PLAIN:
-            budget = self._speculation.draft_budget
-            return FixedPolicy(Plan(self._speculation.drafter, 0, budget))
-        return self._adaptive

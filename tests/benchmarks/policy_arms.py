@@ -51,11 +51,7 @@ class Bench:
         return list(self.live.tokenizer(read_text(text))["input_ids"])
 
     def policy(self, arm: str) -> RoundPolicy:
-        if arm == ADAPTIVE:
-            return self.live.served
-        if arm == PLAIN:
-            return self.live.plain
-        return FixedPolicy(Plan(self.config.speculation.drafter, *FIXED[arm]))
+        return policy_of(self.live, arm)
 
     def token_prompts(self, ids: Sequence[int], count: int, length: int) -> list[list[int]]:
         """Neighbouring windows. Raises SystemExit where the text is too short."""
@@ -79,6 +75,14 @@ class Bench:
         """See LiveBench."""
         policies = {arm: self.policy(arm) for arm in arms}
         return self.live.compare(policies, prompts, num_rounds, seed=seed, temperature=temperature)
+
+
+def policy_of(live: LiveBench, arm: str) -> RoundPolicy:
+    if arm == ADAPTIVE:
+        return live.served
+    if arm == PLAIN:
+        return live.plain
+    return FixedPolicy(Plan(live.engine.config.speculation.drafter, *FIXED[arm]))
 
 
 def describe(bench: Bench) -> dict[str, str | int]:

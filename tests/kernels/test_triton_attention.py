@@ -5,7 +5,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from magicdec.kernels import reference, selection_reference, triton_attention, triton_mass
+from magicdec.kernels import (
+    reference,
+    selection,
+    selection_reference,
+    triton_attention,
+    triton_mass,
+)
 from magicdec.kernels.triton_view import make_view
 from tests.kernels.layouts import make_layout
 
@@ -222,10 +228,11 @@ def test_attention_mass_agrees_with_the_reference(
         for i in range(num_layers)
     ]
     actual = triton_mass.attention_mass(queries, pages, layout, 1, 0.125, softcap)
-    expected = selection_reference.layered_mass(
+    expected = selection.layered_mass(
         [query.float().cpu() for query in queries],
         [k_cache.float().cpu() for k_cache in pages],
         *(layout, 1, 0.125, softcap),
+        mass=selection_reference.attention_mass,
     )
     tolerance = TOLERANCES[dtype] * 10
     torch.testing.assert_close(actual.cpu(), expected, atol=tolerance, rtol=tolerance)

@@ -1,5 +1,5 @@
 """A fused model whose few rows go to Triton's linears gives the model's own logits, as a graph
-would hold them; a linear goes there for the rows that its kernel is faster for."""
+would hold them; a linear goes there for the rows that its kernel is not slower for."""
 
 import logging
 from collections.abc import Callable
