@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from magicdec.kernels import paged_attention, reference
+from magicdec.kernels.cpu_store import CpuStore
 from magicdec.kernels.paged_layout import PagedLayout
 from magicdec.kernels.sparse_attention import CopiedView, DraftView
 
@@ -53,6 +54,7 @@ class CpuAttention:
             (torch.bfloat16, torch.bfloat16): library.attend_bfloat16,
             (torch.float32, torch.bfloat16): library.attend_mixed,
         }
+        self._store = CpuStore(library)
         self._multiplies_pairs = bool(library.multiplies_pairs())
 
     def paged(
@@ -97,7 +99,7 @@ class CpuAttention:
         """See sparse_attention.MakeView."""
         if not _is_known(k_cache):
             return CopiedView(reference.gathered_attention, k_cache, v_cache, slots, num_own)
-        return _ListedView(self._functions, k_cache, v_cache, slots, num_own)
+        return _ListedView(self._functions, self._store, k_cache, v_cache, slots, num_own)
 
     def _most_rows(self, query: torch.Tensor) -> int:
         """Of a sequence, with which it comes here."""
@@ -117,18 +119,20 @@ class _ListedView:
     def __init__(
         self,
         functions: _Functions,
+        store: CpuStore,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         slots: torch.Tensor,
         num_own: int,
     ) -> None:
         num_kv_heads, batch, num_listed = slots.shape
-        self._functions = functions
+        self._functions, self._store = functions, store
         self._k_cache, self._v_cache = k_cache, v_cache
         self._slots = slots.contiguous()
         # Zeros, since a column that the mask hides is read all the same.
-        shape = (2, num_kv_heads, batch, num_own, k_cache.shape[2])
+        shape = (2, num_kv_heads, batch * num_own, k_cache.shape[2])
         self._own_keys, self._own_values = k_cache.new_zeros(shape)
+        self._own_slots = _own_slots(batch, num_own)
         self._indices, self._ones, self._num_keys = _one_row_each(batch, num_listed + num_own)
 
     def attend(
@@ -142,8 +146,7 @@ class _ListedView:
         softcap: float | None = None,
     ) -> torch.Tensor:
         """See DraftView."""
-        self._own_keys[:, :, step] = key
-        self._own_values[:, :, step] = value
+        self._store(self._own_keys, self._own_values, key, value, self._own_slots[step])
         query = query if query.stride(2) == 1 else query.contiguous()
         output = _like_rows(query)
         call = _call(query, self._k_cache, self._v_cache, output, scaling, softcap)
@@ -151,9 +154,15 @@ class _ListedView:
         call.context_lens, call.num_sequences = self._num_keys.ctypes.data, len(self._ones)
         call.slots, call.num_listed = self._slots.data_ptr(), self._slots.shape[2]
         call.own_keys, call.own_values = self._own_keys.data_ptr(), self._own_values.data_ptr()
-        call.num_own, call.mask = self._own_keys.shape[2], mask.data_ptr()
+        call.num_own, call.mask = len(self._own_slots), mask.data_ptr()
         self._functions[query.dtype, self._k_cache.dtype](ctypes.byref(call))
         return output
+
+
+@lru_cache(maxsize=64)
+def _own_slots(batch: int, num_own: int) -> torch.Tensor:
+    """Where the sequences' rows of each step go, [num_own, batch]."""
+    return (torch.arange(batch) * num_own + torch.arange(num_own)[:, None]).contiguous()
 
 
 @lru_cache(maxsize=64)

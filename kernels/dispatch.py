@@ -15,6 +15,7 @@ from magicdec.kernels.cpu_attention import CpuAttention
 from magicdec.kernels.cpu_attention_mass import CpuAttentionMass
 from magicdec.kernels.cpu_gumbel import CpuGumbelArgmax
 from magicdec.kernels.cpu_largest import CpuLargest
+from magicdec.kernels.cpu_store import CpuStore
 from magicdec.kernels.gumbel import GumbelArgmax, Winners, gumbel_argmax
 from magicdec.kernels.paged_layout import DeviceLayout, PagedLayout
 from magicdec.kernels.selection import LargestIndices, LayeredMass
@@ -135,7 +136,8 @@ def _compiled() -> list[AttentionBackend]:
         return []
     attention, largest = CpuAttention(library), CpuLargest(library)
     mass = partial(selection.layered_mass, mass=CpuAttentionMass(library))
-    return [AttentionBackend("compiled-cpu", attention.paged, attention.view, mass, largest)]
+    store = CpuStore(library)
+    return [AttentionBackend("compiled-cpu", attention.paged, attention.view, mass, largest, store)]
 
 
 def has_triton(device: torch.device) -> bool:

@@ -118,8 +118,8 @@ class FusedAttention(nn.Module):
         self.o_proj = attention.o_proj
         query, key, _ = asked.states
         self._layer, self._limits = asked.layer, asked.limits
-        self._num_heads, self._num_kv_heads, self._head_dim = len(query), len(key), query.shape[2]
-        counts = (self._num_heads, self._num_kv_heads)
+        self.num_heads, self.num_kv_heads, self.head_dim = len(query), len(key), query.shape[2]
+        counts = (self.num_heads, self.num_kv_heads)
         parts = [norm.weight.expand(n, -1) for norm, n in zip(norms, counts, strict=False)]
         self.register_buffer("norm_weights", torch.cat(parts) if parts else None)
         self._epsilon = norms[0].epsilon if norms else 0.0
@@ -135,21 +135,24 @@ class FusedAttention(nn.Module):
     ) -> tuple[torch.Tensor, None]:
         rows: torch.Tensor = self.qkv_proj(hidden_states[0])
         cos, sin = position_embeddings[0][0], position_embeddings[1][0]
-        query, key, value = self._rotated(rows, cos, sin)
-        limits: Any = self._limits
-        output = attention_context.attend(self._layer, query, key, value, **limits)
-        output = output.transpose(0, 1).reshape(1, len(rows), -1)
-        return self.o_proj(output), None
+        rows = self._kernels.rotate(
+            rows, cos, sin, self.num_heads + self.num_kv_heads, self.head_norms
+        )
+        heads = rows.view(len(rows), -1, self.head_dim).transpose(0, 1)
+        return self.o_proj(self.attend(heads, attention_context)[None]), None
 
-    def _rotated(
-        self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        """Query, key and value, [heads, num_rows, head_dim] each."""
+    @property
+    def head_norms(self) -> HeadNorms | None:
         weights = self.norm_weights
-        norms = None if weights is None else HeadNorms(weights, self._epsilon)
-        rows = self._kernels.rotate(rows, cos, sin, self._num_heads + self._num_kv_heads, norms)
-        heads = rows.view(len(rows), -1, self._head_dim).transpose(0, 1)
-        return heads.split_with_sizes((self._num_heads, self._num_kv_heads, self._num_kv_heads))
+        return None if weights is None else HeadNorms(weights, self._epsilon)
+
+    def attend(self, heads: torch.Tensor, context: AttentionContext) -> torch.Tensor:
+        """[num_rows, heads x head_dim] of query, key and value, [heads, num_rows, head_dim]."""
+        counts = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        query, key, value = heads.split_with_sizes(counts)
+        limits: Any = self._limits
+        output = context.attend(self._layer, query, key, value, **limits)
+        return output.transpose(0, 1).reshape(heads.shape[1], -1)
 
 
 class FusedDecoderLayer(nn.Module):

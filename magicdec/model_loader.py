@@ -25,6 +25,7 @@ from magicdec.attention import (
     register_attention,
 )
 from magicdec.checkpoint import load_module
+from magicdec.compiled_layers import compile_layers
 from magicdec.compute_dtype import compute_dtype, packing_library
 from magicdec.config import ConfigError, EngineConfig, ModelConfig
 from magicdec.fused_modules import fuse_modules
@@ -155,6 +156,7 @@ def load_model(config: ModelConfig, device: torch.device) -> LoadedModel:
     library = packing_library(config.dtype, device)
     if library is not None:
         pack_linears(module, library)
+        compile_layers(module, library)
     return describe_model(module, config.dtype)
 
 

@@ -102,4 +102,51 @@ struct GateCall {
   int32_t num_threads;
 };
 
+// K/V rows into pages, [num_kv_heads, num_slots, head_dim].
+struct StoreCall {
+  const void* keys;  // [head, row, head_dim] by their strides
+  const void* values;
+  void* key_pages;
+  void* value_pages;
+  const int64_t* slots;  // [num_rows]
+  int64_t num_kv_heads, num_rows, head_dim;
+  int64_t key_head_stride, key_row_stride, value_head_stride, value_row_stride;
+  int64_t page_head_stride;
+};
+
+// A decoder layer's weights, linears as LinearCall has them, biases or null.
+struct LayerWeights {
+  const void* input_norm;  // [hidden_size]
+  const void* attention_norm;  // the one after attention
+  const void* head_norms;  // or null: [num_turned, head_dim]
+  const uint32_t* qkv;
+  const uint32_t* attended;  // attention's output projection
+  const uint32_t* gate_up;
+  const uint32_t* down;
+  const float* qkv_bias;
+  const float* attended_bias;
+  const float* gate_up_bias;
+  const float* down_bias;
+  int64_t hidden_size, num_heads, num_turned, head_dim;  // heads of query, key and value
+  int64_t attended_size, gate_size;  // what the projections of attention and gates read
+  float input_epsilon, attention_epsilon, head_epsilon;
+};
+
+struct LayerStartCall {
+  const void* rows;  // [num_rows, hidden_size]
+  const void* cos;   // [num_rows, head_dim]
+  const void* sin;
+  void* output;  // [num_rows, num_heads, head_dim]
+  int64_t num_rows;
+  int32_t num_threads;
+};
+
+struct LayerEndCall {
+  const void* rows;      // what attention gave, [num_rows, attended_size]
+  const void* residual;  // the layer's input, [num_rows, hidden_size]
+  void* output;          // the layer's
+  int64_t num_rows;
+  int32_t num_threads;
+};
+
 }  // extern "C"

@@ -64,10 +64,31 @@ class MatrixUnits {
 // GCC does not know that a register is loaded from memory, and would store there later.
 inline void settle_memory() { asm volatile("" ::: "memory"); }
 
+// [head_dim / 16, kTile / 2, 16] words of two keys' values.
+template <typename Ahead>
+void pair_values(const BFloat16* const values[kTile], int64_t head_dim, float* packed,
+                 Ahead& next_values) {
+  const __m512i first = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
+  const __m512i second =
+      _mm512_set_epi32(31, 30, 29, 28, 15, 14, 13, 12, 27, 26, 25, 24, 11, 10, 9, 8);
+  for (int64_t dim = 0; dim < head_dim; dim += kPairDims) {
+    float* to = packed + dim / 2 * kTile;
+    for (int64_t pair = 0; pair < kTile / 2; ++pair, to += 16) {
+      const __m512i a = load<__m512i>(values[2 * pair] + dim);
+      const __m512i b = load<__m512i>(values[2 * pair + 1] + dim);
+      const __m512i low = _mm512_unpacklo_epi16(a, b), high = _mm512_unpackhi_epi16(a, b);
+      store(to, _mm512_permutex2var_epi32(low, first, high));
+      store(to + 8 * kTile, _mm512_permutex2var_epi32(low, second, high));
+      next_values.advance();
+      next_values.advance();
+    }
+  }
+}
+
 class MatrixTiles {
- public:
   using Ahead = Prefetch<BFloat16, true>;
 
+ public:
   MatrixTiles(int64_t num_rows, int64_t head_dim, float scaling, Buffer& queries, Buffer& scratch)
       : num_rows_(num_rows), head_dim_(head_dim), scaling_(scaling) {
     const int64_t num_blocks = (num_rows + kMatrixRows - 1) / kMatrixRows;
@@ -92,10 +113,11 @@ class MatrixTiles {
       std::memcpy(block + dim / 2 * kMatrixRows + row % kMatrixRows, query + dim, 4);
   }
 
-  void score(const BFloat16* const keys[kTile], float* scores, Ahead& next_keys) {
+  void score(const Rows<BFloat16>& own, const Rows<BFloat16>& next, float* scores) {
+    Ahead next_keys(next.keys, head_dim_);
     const BFloat16* groups[kTile / kMatrixRows];
     for (int64_t i = 0; i < kTile / kMatrixRows; ++i) {
-      groups[i] = side_by_side(keys + i * kMatrixRows, i);
+      groups[i] = side_by_side(own.keys + i * kMatrixRows, i);
       advance(next_keys, head_dim_ / 8);
     }
     for (int64_t first = 0; first < num_rows_; first += kMatrixRows) {
@@ -104,9 +126,10 @@ class MatrixTiles {
     }
   }
 
-  void add(const float* weights, const BFloat16* const values[kTile], int64_t stride, float* sums,
-           Ahead& next_values) {
-    pair_values(values, head_dim_, values_, next_values);
+  void add(const float* weights, const Rows<BFloat16>& own, const Rows<BFloat16>& next,
+           int64_t stride, float* sums) {
+    Ahead next_values(next.values, head_dim_);
+    pair_values(own.values, head_dim_, values_, next_values);
     for (int64_t first = 0; first < num_rows_; first += kMatrixRows) {
       const int64_t count = std::min(kMatrixRows, num_rows_ - first);
       narrow(weights + first * kTile, count);

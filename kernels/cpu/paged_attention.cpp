@@ -18,6 +18,8 @@
 
 namespace {
 
+constexpr float kHeadroom = 8.0f;
+
 // What a thread works in, call after call.
 struct Scratch {
   Buffer queries, keys, scores;
@@ -100,13 +102,11 @@ class Attention {
     for (int64_t tile = first, turn = 0; tile < task.end; tile += kTile, turn ^= 1) {
       const Rows<Cache>&own = rows[turn], &next = rows[turn ^ 1];
       find_rows(task, std::min(tile + kTile, task.end - 1), rows[turn ^ 1]);
-      typename Tiles::Ahead next_keys(next.keys, call_.head_dim);
-      typename Tiles::Ahead next_values(next.values, call_.head_dim);
-      tiles.score(own.keys, scores, next_keys);
+      tiles.score(own, next, scores);
       if (!is_seen_by_all(task, tile)) finish_scores(task, tile, scores);
       for (int64_t row = 0; row < num_rows; ++row)
         weigh(scores + row * kTile, partial + row * stride_);
-      tiles.add(scores, own.values, stride_, partial, next_values);
+      tiles.add(scores, own, next, stride_, partial);
     }
   }
 
@@ -115,6 +115,15 @@ class Attention {
     const int64_t* table = call_.tables + call_.table_starts[task.sequence];
     const int64_t size = call_.block_size, head = task.head * call_.kv_head_stride;
     int64_t block = tile / size, offset = tile % size;
+    if (tile + kTile <= task.end && offset + kTile <= size) {
+      const int64_t first = head + (table[block] * size + offset) * call_.head_dim;
+      for (int64_t i = 0; i < kTile; ++i) {
+        const int64_t at = first + i * call_.head_dim;
+        rows.keys[i] = static_cast<const Cache*>(call_.keys) + at;
+        rows.values[i] = static_cast<const Cache*>(call_.values) + at;
+      }
+      return;
+    }
     for (int64_t i = 0; i < kTile; ++i) {
       const int64_t at = head + (table[block] * size + offset) * call_.head_dim;
       rows.keys[i] = static_cast<const Cache*>(call_.keys) + at;
@@ -169,12 +178,13 @@ class Attention {
     }
   }
 
-  // Turns a tile's scores into weights relative to the row's maximum so far, and adds these up.
+  // Turns a tile's scores into weights relative to a maximum so far, and adds these up. A row keeps
+  // its maximum until a score is e^kHeadroom times as much: sums have room for that.
   void weigh(float* scores, float* partial) const {
     const int64_t dims = call_.head_dim;
     Floats top = load<Floats>(scores);
     for (int i = 1; i < kVectors; ++i) top = larger(top, load<Floats>(scores + i * kLanes));
-    if (any_above(top, partial[dims])) raise(std::max(partial[dims], largest(top)), partial);
+    if (any_above(top, partial[dims] + kHeadroom)) raise(std::max(partial[dims], largest(top)), partial);
     const float highest = partial[dims];
     if (highest == -kInfinity) {  // nothing is visible yet
       std::fill_n(scores, kTile, 0.0f);

@@ -38,10 +38,10 @@ class Prefetch {
   }
 
  private:
-  static constexpr int64_t kLine = 64;  // bytes
+  static constexpr uint64_t kLine = 64;  // bytes
   const Cache* const* rows_;
-  const int64_t num_lines_;
-  int64_t line_ = 0;
+  const uint64_t num_lines_;
+  uint64_t line_ = 0;
 };
 
 // Keys side by side, [head_dim, kTile]; of bfloat16 ones, words of two dims, [head_dim / 2, kTile].
@@ -167,27 +167,29 @@ void by_row_blocks(int64_t num_rows, Work work) {
 // One task's tiles, row by row of vectors. `scratch` holds a tile's packed keys.
 template <typename Cache>
 class VectorTiles {
- public:
   using Ahead = Prefetch<Cache>;
 
+ public:
   VectorTiles(const float* queries, int64_t num_rows, int64_t head_dim, Buffer& scratch)
       : queries_(queries),
         num_rows_(num_rows),
         head_dim_(head_dim),
         packed_(scratch.reserve(head_dim * kTile)) {}
 
-  void score(const Cache* const keys[kTile], float* scores, Ahead& next_keys) {
-    pack_keys<2>(keys, head_dim_, packed_, next_keys);
+  void score(const Rows<Cache>& own, const Rows<Cache>& next, float* scores) {
+    Ahead next_keys(next.keys, head_dim_);
+    pack_keys<2>(own.keys, head_dim_, packed_, next_keys);
     by_row_blocks(num_rows_, [&]<int n>(int64_t row) {
       score_rows<n>(queries_ + row * head_dim_, packed_, head_dim_, scores + row * kTile,
                     next_keys);
     });
   }
 
-  void add(const float* weights, const Cache* const values[kTile], int64_t stride, float* sums,
-           Ahead& next_values) {
+  void add(const float* weights, const Rows<Cache>& own, const Rows<Cache>& next, int64_t stride,
+           float* sums) {
+    Ahead next_values(next.values, head_dim_);
     by_row_blocks(num_rows_, [&]<int n>(int64_t row) {
-      add_all_values<n>(weights + row * kTile, values, head_dim_, stride, sums + row * stride,
+      add_all_values<n>(weights + row * kTile, own.values, head_dim_, stride, sums + row * stride,
                         next_values);
     });
   }

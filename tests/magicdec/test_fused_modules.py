@@ -9,6 +9,7 @@ from torch import nn
 from transformers import GlmConfig, OlmoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
+from magicdec.compiled_layers import CompiledDecoderLayer, compile_layers
 from magicdec.fused_layers import FusedAttention, FusedDecoderLayer, FusedMlp, FusedRmsNorm
 from magicdec.fused_modules import fuse_modules
 from magicdec.kernels.compiled import compiled_library
@@ -106,6 +107,11 @@ def test_a_fused_model_gives_the_models_logits(family: str) -> None:
     packed = [child for child in module.modules() if type(child) is nn.Linear]
     pack_linears(module, LIBRARY)
     assert packed and not any(type(child) is nn.Linear for child in module.modules())
+    before_compiling = logits(after)
+    compile_layers(module, LIBRARY)
+    compiled = [child for child in module.modules() if type(child) is CompiledDecoderLayer]
+    assert len(compiled) == (NUM_LAYERS if FusedDecoderLayer in FUSED[family] else 0)
+    torch.testing.assert_close(logits(after), before_compiling, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral_sliding", "qwen2", "qwen3"])
