@@ -27,11 +27,13 @@ from magicdec.kernels.layer_dispatch import select_elementwise
 from magicdec.kernels.paged_layout import PagedLayout
 from magicdec.model_loader import LoadedModel, describe_model
 from tests.benchmarks.gpu.end_to_end import end_to_end_rows
+from tests.benchmarks.gpu.rounds import round_rows
 from tests.benchmarks.gpu.steps import Steps, read_bandwidth, seconds_of
 
 BLOCK_SIZE = 64
 DRAFT_LENGTH, DRAFT_BUDGET = 4, 512
 POINTS = ((1, 8192), (8, 8192), (32, 4096), (8, 32768))
+ROUND_POINTS = POINTS[:3]
 ATTENTION_POINTS = ((8, 8192), (8, 32768), (1, 32768), (1, 131072))
 TINY_POINTS = ((2, 300),)
 END_TO_END_POINTS, END_TO_END_ROUNDS = ((8, 4096), (32, 4096), (32, 7000)), 24
@@ -50,6 +52,9 @@ COLUMNS = {
     "views of a round": "views_ms",
     "plain and a chunk, packed": "packed_ms",
     "chunk launched beside": "mixed_ms",
+    "plain round": "plain_round_ms",
+    "over its step": "host_ms",
+    "round of 4 drafts": "drafted_round_ms",
 }
 
 
@@ -176,6 +181,12 @@ def step_rows(
         }
         found.append({"model": name, "batch": batch, "context": context, **row_of(times, floors)})
         del steps
+    points, num_rounds = (TINY_POINTS, TINY_ROUNDS) if tiny else (ROUND_POINTS, 24)
+    draft = (DRAFT_LENGTH, TINY_BUDGET if tiny else DRAFT_BUDGET)
+    rounds = round_rows(model, config, points, draft, BLOCK_SIZE, num_rounds)
+    for row, beside in zip(rounds, found, strict=False):  # of the first points
+        step = beside.get("plain_ms", beside["plain_eager_ms"])
+        beside.update(row, host_ms=round(row["plain_round_ms"] - step, 2))
     return found
 
 

@@ -11,6 +11,7 @@ def test_the_script_runs_at_a_small_size(tmp_path: Path, tiny_model_dir: Path) -
     record = json.loads((tmp_path / "gpu.json").read_text())
     assert {row["model"] for row in record["steps"]} == {"tiny Llama", "tiny Qwen3"}
     assert all(row["plain_eager_ms"] > 0 and row["draft_ms"] > 0 for row in record["steps"])
+    assert all(0 < row["plain_round_ms"] < row["drafted_round_ms"] for row in record["steps"])
     assert all(row["of read bandwidth"] > 0 for row in record["attention"])
     (row,) = record["end to end"]
     assert (row["batch"], row["context"]) == (2, 300)
