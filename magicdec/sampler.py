@@ -5,7 +5,7 @@ depends on the logits, the request's parameters and its seed, and on nothing of 
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from magicdec.kernels.gumbel import (
     Draw,
     GumbelArgmax,
     Role,
+    Winners,
     gumbel_argmax,
     perturbed_argmax,
     uniforms,
@@ -48,6 +49,19 @@ class SamplerRow:
         position = sequence.num_tokens + len(drafted)
         prompt = sequence.num_prompt_tokens
         return cls(sequence.sampling, position, history, prompt, num_drafted=len(drafted))
+
+    @classmethod
+    def each_after(
+        cls, sequence: ScheduledSequence, num_drafted: int, drafted: Callable[[], Sequence[int]]
+    ) -> "list[SamplerRow]":
+        """after() none of the drafted tokens, one of them, and so on to all of them. They are asked
+        for where penalties look at them alone: they may still be on the device."""
+        assert sequence.sampling is not None
+        if sequence.sampling.has_penalties:
+            token_ids = tuple(drafted())
+            return [cls.after(sequence, token_ids[:n]) for n in range(num_drafted + 1)]
+        own, position, prompt = sequence.sampling, sequence.num_tokens, sequence.num_prompt_tokens
+        return [cls(own, position + n, None, prompt, n) for n in range(num_drafted + 1)]
 
     @property
     def num_output_tokens(self) -> int:
@@ -83,12 +97,17 @@ class Sampler:
         Returns one token id a row, the same on every rank and however the vocabulary is shared.
         Raises ValueError for a row that holds a NaN, on every rank.
         """
+        return self.winners(logits, rows, vocabulary).token_ids()
+
+    def winners(
+        self, logits: torch.Tensor, rows: list[SamplerRow], vocabulary: Vocabulary | None = None
+    ) -> Winners:
+        """sample() as the device has it."""
         vocabulary = vocabulary or Vocabulary.whole(logits.shape[1])
         draws = [shared_draw(row) for row in rows]
         if not all(self._is_plain_argmax(row) for row in rows):
             logits = self.process_rows(logits.float(), rows, vocabulary)
-        winners = self._gumbel_argmax(logits, draws, vocabulary.start)
-        return vocabulary.best(winners).token_ids()
+        return vocabulary.best(self._gumbel_argmax(logits, draws, vocabulary.start))
 
     def process(self, scores: torch.Tensor, row: SamplerRow) -> torch.Tensor:
         """Penalties, bias, min_tokens, temperature, top-k, top-p, min-p; removed entries are -inf.

@@ -18,10 +18,10 @@ import torch
 from numpy.typing import NDArray
 
 from magicdec.attention import AttentionObserver
+from magicdec.drafts import resolve
 from magicdec.graphs.capture import Capturer, Graph, KeptForward
 from magicdec.kernels.dispatch import AttentionBackend
 from magicdec.kernels.paged_layout import DeviceLayout, PagedLayout
-from magicdec.kernels.transfer import send
 from magicdec.kv_cache import PagedKVCache
 
 logger = logging.getLogger(__name__)
@@ -45,21 +45,26 @@ class Shape:
 
     @property
     def sizes(self) -> list[int]:
-        """Of token ids, positions and slots, a row; query_lens, context_lens and tables, a
-        sequence."""
-        return [self.num_rows] * 3 + [self.bucket] * 2 + [self.bucket * self.num_columns]
+        """Of token ids, positions, slots and kept rows, a row; query_lens, context_lens and tables,
+        a sequence."""
+        return [self.num_rows] * 4 + [self.bucket] * 2 + [self.bucket * self.num_columns]
 
-    def rows(self, layout: PagedLayout) -> NDArray[np.int64]:
-        """Where the layout's packed rows are in the graph, [num_rows of the layout]."""
-        sequences, within = _packed_rows(layout)
-        return self.tier * sequences + within
-
-    def write(self, buffer: NDArray[np.int32], layout: PagedLayout, ids: NDArray[np.int64]) -> None:
-        """What this step is; `ids` are the packed rows' tokens."""
+    def write(
+        self,
+        buffer: NDArray[np.int32],
+        layout: PagedLayout,
+        ids: NDArray[np.int64],
+        keep: NDArray[np.int64],
+    ) -> None:
+        """What this step is; `ids` are the packed rows' tokens, `keep` some of those rows."""
         places = np.cumsum(self.sizes)[:-1]
-        token_ids, positions, slots, query_lens, context_lens, tables = np.split(buffer, places)
+        token_ids, positions, slots, kept, query_lens, context_lens, tables = np.split(
+            buffer, places
+        )
         sequences, within = _packed_rows(layout)
         rows, batch = self.tier * sequences + within, len(layout.query_lens)
+        # Rows that are not there are computed too: a reference left of an earlier step is no token.
+        token_ids[:] = 0
         slots[:] = _NO_SLOT
         query_lens[:] = 0
         query_lens[:batch], context_lens[:batch] = layout.query_lens, layout.context_lens
@@ -69,6 +74,7 @@ class Shape:
         size, own = layout.block_size, context_lens[sequences] + within
         token_ids[rows], positions[rows] = ids, own
         slots[rows] = tables[sequences, own // size] * size + own % size
+        kept[: len(keep)] = rows[keep]
 
 
 def _packed_rows(layout: PagedLayout) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -149,6 +155,7 @@ class StaticForward:
     buffer: torch.Tensor  # int32, see Shape.sizes
     token_ids: torch.Tensor  # [num_rows], of the buffer
     positions: torch.Tensor
+    kept: torch.Tensor  # [num_rows], of the buffer: for whoever reads the logits
     attention: GraphAttention
     all_rows: torch.Tensor
 
@@ -170,7 +177,7 @@ def static_forward(
     shape: Shape,
     buffer: torch.Tensor,  # int32, on the device
 ) -> StaticForward:
-    token_ids, positions, slots, query_lens, context_lens, tables = buffer.split_with_sizes(
+    token_ids, positions, slots, kept, query_lens, context_lens, tables = buffer.split_with_sizes(
         shape.sizes
     )
     rows = torch.arange(shape.num_rows, dtype=torch.int32, device=buffer.device)
@@ -188,7 +195,7 @@ def static_forward(
         block_size=cache.block_size,
     )
     attention = GraphAttention(cache, backend, layout, slots)
-    return StaticForward(forward, buffer, token_ids, positions, attention, rows.long())
+    return StaticForward(forward, buffer, token_ids, positions, kept, attention, rows.long())
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +232,7 @@ class ForwardGraphs:
         token_ids: torch.Tensor,  # [num_rows], on the host
         keep: torch.Tensor,  # [num_kept], on the host
         observers: Sequence[AttentionObserver] = (),
+        drafted: torch.Tensor | None = None,  # what token_ids refer to, see drafts.resolve
     ) -> torch.Tensor:
         """Logits [num_kept, vocab_size]; the rows' K/V are in the pages then."""
         tier = next(tier for tier in TIERS if tier >= max(layout.query_lens))
@@ -233,19 +241,19 @@ class ForwardGraphs:
         if shape not in self._captured:
             self._captured[shape] = self._capture(shape)
         captured = self._captured[shape]
-        shape.write(captured.staging.numpy(), layout, token_ids.numpy())
-        captured.step.buffer.copy_(captured.staging, non_blocking=True)
+        step = captured.step
+        shape.write(captured.staging.numpy(), layout, token_ids.numpy(), keep.numpy())
+        step.buffer.copy_(captured.staging, non_blocking=True)
+        if drafted is not None:
+            resolve(step.token_ids, drafted)
         captured.graph.replay()
-        captured.step.attention.show(observers, range(0, shape.num_rows, tier))
-        if len(keep) == shape.num_rows:  # nothing to send, and nothing to wait for
-            return captured.logits.clone()
-        kept = torch.from_numpy(shape.rows(layout)[keep.numpy()])
-        return captured.logits.index_select(0, send(kept, self._device))
+        step.attention.show(observers, range(0, shape.num_rows, tier))
+        return captured.logits.index_select(0, step.kept[: len(keep)])
 
     def _capture(self, shape: Shape) -> _Captured:
         staging = self._capturer.staging(sum(shape.sizes), torch.int32)
         staging.split_with_sizes(shape.sizes)[2].fill_(_NO_SLOT)
-        buffer = staging.to(self._device)
+        buffer = staging.to(self._device, copy=True)
         step = static_forward(self._forward, self._cache, self._backend, shape, buffer)
         graph, logits = self._capturer.capture(step)
         logger.info("captured a forward of %d x %d rows", shape.bucket, shape.tier)

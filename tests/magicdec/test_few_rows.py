@@ -74,7 +74,7 @@ def logits(model: LoadedModel, num_rows: int) -> torch.Tensor:
     shape = Shape(bucket=num_rows, tier=1, num_columns=1)
     rows = torch.arange(num_rows, dtype=torch.int32, device=DEVICE)
     ones, zeros = torch.ones_like(rows), torch.zeros_like(rows)
-    buffer = torch.cat([rows, zeros, rows * BLOCK_SIZE, ones, zeros, rows])
+    buffer = torch.cat([rows, zeros, rows * BLOCK_SIZE, rows, ones, zeros, rows])
     step = static_forward(model.forward, cache, triton_backend(), shape, buffer)
     with torch.inference_mode(), CapturedRegion([*tensors_of(model, cache), *step.static]):
         return step()
