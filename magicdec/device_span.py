@@ -10,16 +10,17 @@ class DeviceSpan:
     host may be far ahead of it. Elsewhere work is done when the call returns."""
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._events: list[torch.cuda.Event] = []
         if device.type == "cuda":
             self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            self._events[0].record()
+            self._events[0].record(torch.cuda.current_stream(device))
         self._started = self._ended = time.perf_counter()
 
     def end(self) -> None:
         self._ended = time.perf_counter()
         if self._events:
-            self._events[1].record()
+            self._events[1].record(torch.cuda.current_stream(self._device))
 
     def seconds(self) -> float:
         """After end(), and once the host has waited for the work in between."""

@@ -10,7 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from magicdec.kernels.gumbel import Winners, check_chosen
 from magicdec.sampler import Proposal
@@ -33,6 +35,8 @@ class DeviceTokens:
         """`chosen`: int64 [num_steps, at least num_rows], -1 where nothing could be. It is written
         again by the next round's replays, so this round's last copy to the host takes it along."""
         self.chosen = chosen
+        # [bucket, num_steps] -1 - the entry's place in the buffer
+        self.references = -1 - np.arange(chosen.numel()).reshape(chosen.shape).T
         self._num_rows = num_rows
         self._rows: list[tuple[int, ...]] | None = None
 
@@ -72,21 +76,19 @@ class DeviceDraft:
     def token_ids(self) -> tuple[int, ...]:
         return self.tokens.rows()[self.row][: self.length]
 
-    def references(self) -> range:
+    def references(self) -> NDArray[np.int64]:
         """Where the tokens are on the device, see resolve()."""
-        stride = self.tokens.chosen.shape[1]
-        first = -1 - self.row
-        return range(first, first - self.length * stride, -stride)
+        return self.tokens.references[self.row, : self.length]
 
 
 def token_ids_of(draft: Draft) -> Sequence[int]:
     """On the host, which waits for them where it must."""
     if isinstance(draft, DeviceDraft):
         return draft.token_ids()
-    return tuple(proposal.token_id for proposal in draft)
+    return tuple([proposal.token_id for proposal in draft])
 
 
-def references_of(draft: Draft) -> Sequence[int]:
+def references_of(draft: Draft) -> Sequence[int] | NDArray[np.int64]:
     """token_ids_of() without waiting: references where the tokens are on the device."""
     return draft.references() if isinstance(draft, DeviceDraft) else token_ids_of(draft)
 

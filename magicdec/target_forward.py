@@ -20,12 +20,15 @@ from magicdec.attention import AttentionObserver, PagedAttention, row_positions
 from magicdec.batch import ScheduledSequence
 from magicdec.drafts import Draft, references_of, token_ids_of, tokens_on_device
 from magicdec.graphs.capture import KeptForward
-from magicdec.graphs.forward_graphs import MOST_ROWS, ForwardGraphs
+from magicdec.graphs.forward_graphs import ForwardGraphs
+from magicdec.graphs.forward_inputs import MOST_ROWS
 from magicdec.kernels.dispatch import AttentionBackend
 from magicdec.kernels.paged_layout import PagedLayout
 from magicdec.kernels.transfer import send
 from magicdec.kv_cache import PagedKVCache
 from magicdec.sampler import SamplerRow
+
+TokenIds = Sequence[int] | NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +57,10 @@ class StepRows:
         drafts = [self.drafts[i] for i in indices]
         return StepRows.of(sequences, drafts, self.layout.block_size)
 
-    def token_ids(self, ids_of: Callable[[Draft], Sequence[int]] = token_ids_of) -> torch.Tensor:
+    def token_ids(self, ids_of: Callable[[Draft], TokenIds] = token_ids_of) -> torch.Tensor:
         """[num_rows]; the host waits for drafts that are on the device, unless references_of them
         are enough."""
-        pieces: list[NDArray[np.int64] | Sequence[int]] = []
+        pieces: list[TokenIds] = []
         for sequence, draft in zip(self.sequences, self.drafts, strict=True):
             pieces.append(sequence.token_ids)
             if len(draft) > 0:

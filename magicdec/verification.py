@@ -62,7 +62,7 @@ class SharedNoise:
 
     def only_scales(self, rows: list[SamplerRow]) -> bool:
         """See VerificationRule.only_scales."""
-        return all(self._sampler.only_scales(row) for row in rows)
+        return all(map(self._sampler.only_scales, rows))
 
     def verify(
         self, logits: torch.Tensor, rows: list[SamplerRow], drafts: Sequence[Draft]
@@ -195,8 +195,9 @@ def accept(draft_token_ids: Sequence[int], target_token_ids: Sequence[int]) -> t
             f"got {len(target_token_ids)}"
         )
     num_accepted = 0
-    for draft, target in zip(draft_token_ids, target_token_ids, strict=False):
-        if draft != target:
-            break
+    while (
+        num_accepted < len(draft_token_ids)
+        and draft_token_ids[num_accepted] == target_token_ids[num_accepted]
+    ):
         num_accepted += 1
     return tuple(target_token_ids[: num_accepted + 1])

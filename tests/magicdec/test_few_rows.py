@@ -14,7 +14,8 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from magicdec.few_rows import serve_few_rows
 from magicdec.fused_layers import FewRowLinear, FusedDecoderLayer
 from magicdec.fused_modules import fuse_modules
-from magicdec.graphs.forward_graphs import Shape, static_forward
+from magicdec.graphs.forward_graphs import static_forward
+from magicdec.graphs.forward_inputs import Shape
 from magicdec.kernels.dispatch import triton_backend
 from magicdec.kernels.triton_linear import TritonLinear
 from magicdec.kernels.triton_steps import TritonElementwise

@@ -13,7 +13,7 @@ from magicdec.batch import Batch, StepResult
 from magicdec.config import EngineConfig
 from magicdec.engine import Engine
 from magicdec.executor import LocalExecutor
-from magicdec.graphs.forward_graphs import MOST_ROWS
+from magicdec.graphs.forward_inputs import MOST_ROWS
 from magicdec.kernels.dispatch import triton_backend
 from magicdec.kernels.gumbel import GumbelArgmax
 from magicdec.kernels.paged_layout import PagedLayout
