@@ -33,7 +33,7 @@ class Role(IntEnum):
     RECOVER = 3  # recovered and bonus tokens: a position has one or the other
 
 
-@dataclass(slots=True)  # one a row and step: a frozen one takes three times as long to make
+@dataclass(slots=True)  # made for every row of every step: frozen, it takes three times as long
 class Draw:
     """What the noise of one row is a function of."""
 

@@ -5,7 +5,7 @@ depends on the logits, the request's parameters and its seed, and on nothing of 
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ from magicdec.types import SamplingParams
 from magicdec.vocabulary import Vocabulary
 
 
-@dataclass(slots=True)  # one a row and step: a frozen one takes three times as long to make
+@dataclass(slots=True)  # made for every row of every step: frozen, it takes three times as long
 class SamplerRow:
     """One token to choose: the one at absolute position `position`."""
 
@@ -43,7 +43,7 @@ class SamplerRow:
     def after(cls, sequence: ScheduledSequence, drafted: tuple[int, ...]) -> "SamplerRow":
         """The choice that follows the sequence's tokens and `drafted`, for draft and verify."""
         assert sequence.sampling is not None
-        history = sequence.history
+        history = sequence.history if sequence.sampling.has_penalties else None
         if history is not None and drafted:
             history = np.concatenate([history, np.array(drafted, dtype=history.dtype)])
         position = sequence.num_tokens + len(drafted)
@@ -121,20 +121,21 @@ class Sampler:
     ) -> torch.Tensor:
         """process() of every row, [num_rows, this rank's share], on all ranks together."""
         scores = _scaled(self._adjusted(scores, rows, vocabulary), rows, vocabulary)
+        if not any(removes(sampling, vocabulary.size) for sampling in _distinct(rows)):
+            return scores
         cut = [i for i, row in enumerate(rows) if removes(row.sampling, vocabulary.size)]
         if len(cut) == len(rows):
             return truncate(scores, [row.sampling for row in rows], vocabulary)
-        if cut:
-            index = torch.tensor(cut, device=scores.device)
-            samplings = [rows[i].sampling for i in cut]
-            scores[index] = truncate(scores[index], samplings, vocabulary)
+        index = torch.tensor(cut, device=scores.device)
+        samplings = [rows[i].sampling for i in cut]
+        scores[index] = truncate(scores[index], samplings, vocabulary)
         return scores
 
     def _adjusted(
         self, scores: torch.Tensor, rows: list[SamplerRow], vocabulary: Vocabulary
     ) -> torch.Tensor:
         """With penalties, biases and bans, in a copy where there are any."""
-        if all(map(self._keeps_logits, rows)):
+        if not any(map(_may_adjust, _distinct(rows))) or all(map(self._keeps_logits, rows)):
             return scores
         scores = scores.clone()
         for own, row in zip(scores, rows, strict=True):
@@ -175,6 +176,16 @@ class Sampler:
     def uniform(self, row: SamplerRow, role: Role) -> float:
         """The row's number in (0, 1) of a role that asks for one."""
         return float(uniforms(_draw(row, role).words(1))[0])
+
+
+def _distinct(rows: list[SamplerRow]) -> Collection[SamplingParams]:
+    """The rows' parameters, those of one sequence's rows once."""
+    return {id(row.sampling): row.sampling for row in rows}.values()
+
+
+def _may_adjust(sampling: SamplingParams) -> bool:
+    """Whether logits of some row with these parameters are not taken as they are."""
+    return sampling.has_penalties or bool(sampling.logit_bias) or sampling.min_tokens > 0
 
 
 def scaled_scores(

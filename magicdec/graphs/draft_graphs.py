@@ -7,9 +7,9 @@
 
 A round describes its views (view_inputs.py), of which one launch lists slots and masks where the
 graph reads them, and sends its rows once: a step chooses its own token and leaves it where the next
-one reads. Where choosing takes more than that (draft_inputs.py) the host takes the logits, and
-copies its own choice there before the next step. The round's own columns have no mask: a step sees
-them up to its own.
+one reads, and all of them where verification does (drafts.py). Where choosing takes more than that
+(draft_inputs.py) the host takes the logits, and copies its own choice there before the next step.
+The round's own columns have no mask: a step sees them up to its own.
 """
 
 import logging
