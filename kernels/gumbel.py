@@ -33,7 +33,7 @@ class Role(IntEnum):
     RECOVER = 3  # recovered and bonus tokens: a position has one or the other
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # made for every row of every step: frozen, it takes three times as long
 class Draw:
     """What the noise of one row is a function of."""
 
@@ -60,15 +60,15 @@ class Winners:
     def token_ids(self) -> list[int]:
         """Raises ValueError for a row that holds a NaN, or nothing above -inf."""
         chosen: list[int] = self.chosen().tolist()
-        if -1 in chosen:
-            row = chosen.index(-1)
-            raise ValueError(unordered(row))
+        check_chosen(chosen)
         return chosen
 
 
-def unordered(row: int) -> str:
-    """What is wrong with a row from which nothing can be chosen."""
-    return f"row {row} of the scores holds a NaN, or nothing above -inf"
+def check_chosen(chosen: list[int]) -> None:
+    """Raises ValueError where a row's entry is -1: there was nothing to choose."""
+    if -1 in chosen:
+        row = chosen.index(-1)
+        raise ValueError(f"row {row} of the scores holds a NaN, or nothing above -inf")
 
 
 class GumbelArgmax(Protocol):

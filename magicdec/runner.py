@@ -1,15 +1,18 @@
 """One rank: everything that touches the device happens here."""
 
 import time
+from collections.abc import Sequence
 
 import torch
 
 from magicdec.attention import AttentionContext
 from magicdec.batch import Batch, SequenceResult, StepResult
 from magicdec.config import EngineConfig
+from magicdec.device_span import DeviceSpan
 from magicdec.drafters.base import Drafter
 from magicdec.drafters.build import build_drafters, num_blocks_beside_draft, pool_bytes
 from magicdec.drafters.draft_model import DraftModel
+from magicdec.drafts import Draft, token_ids_of
 from magicdec.graphs.capture import Capturer
 from magicdec.graphs.draft_graphs import DraftGraphs
 from magicdec.graphs.forward_graphs import ForwardGraphs
@@ -25,7 +28,7 @@ from magicdec.profiling.memory_profile import (
     profile_memory,
     size_pool,
 )
-from magicdec.sampler import Proposal, Sampler
+from magicdec.sampler import Sampler
 from magicdec.target_forward import StepRows, TargetForward
 from magicdec.verification import VerificationRule, verification_rule
 
@@ -157,44 +160,48 @@ class ModelRunner:
         """Runs one step: drafts, then the target's forward over all rows of the batch."""
         started = time.perf_counter()
         self._release(batch.released)
-        drafts = self._draft(batch)
-        drafted = time.perf_counter()
+        drafts, drafting = self._draft(batch)
         emitted, num_observed = self._verify(batch, drafts)
         results = tuple(
-            SequenceResult(tokens, tuple(p.token_id for p in draft))
+            SequenceResult(tokens, tuple(token_ids_of(draft)))
             for tokens, draft in zip(emitted, drafts, strict=True)
         )
-        verify_seconds = time.perf_counter() - drafted
-        return StepResult(results, drafted - started, verify_seconds, num_observed)
+        # Rows with a draft are sampled, so the host has waited for all that was drafted.
+        draft_seconds = 0.0 if drafting is None else drafting.seconds()
+        seconds = time.perf_counter() - started
+        return StepResult(results, draft_seconds, seconds - draft_seconds, num_observed)
 
     def _release(self, sequence_ids: tuple[int, ...]) -> None:
         for drafter in self._each_drafter():
             drafter.release(sequence_ids)
 
-    def _draft(self, batch: Batch) -> list[tuple[Proposal, ...]]:
-        """Each drafter proposes for its own sequences in one call."""
-        drafts: list[tuple[Proposal, ...]] = [() for _ in batch.sequences]
+    def _draft(self, batch: Batch) -> tuple[list[Draft], DeviceSpan | None]:
+        """Each drafter proposes for its own sequences in one call; and the time of all, where there
+        is anything to draft."""
+        drafts: list[Draft] = [() for _ in batch.sequences]
+        drafting = [i for i, s in enumerate(batch.sequences) if s.draft_length > 0]
+        if not drafting:
+            return drafts, None
+        span = DeviceSpan(self._model.device)
         for drafter in self._each_drafter():
             mine = [
                 i
-                for i, s in enumerate(batch.sequences)
-                if s.draft is not None
-                and s.draft_length > 0
-                and self._drafters[s.draft.drafter] is drafter
+                for i in drafting
+                if (choice := batch.sequences[i].draft) is not None
+                and self._drafters[choice.drafter] is drafter
             ]
             if mine:
                 proposed = drafter.propose([batch.sequences[i] for i in mine])
                 for i, draft in zip(mine, proposed, strict=True):
                     drafts[i] = draft
-        return drafts
+        span.end()
+        return drafts, span
 
     def _each_drafter(self) -> list[Drafter]:
         """Each one once: several names may be one drafter's."""
         return list({id(drafter): drafter for drafter in self._drafters.values()}.values())
 
-    def _verify(
-        self, batch: Batch, drafts: list[tuple[Proposal, ...]]
-    ) -> tuple[list[tuple[int, ...]], int]:
+    def _verify(self, batch: Batch, drafts: Sequence[Draft]) -> tuple[list[tuple[int, ...]], int]:
         """The tokens each sequence emits, none for a chunk that ends before the last token; and
         how many sequences were observed."""
         step = StepRows.of(batch.sequences, drafts, self._pages.block_size)

@@ -5,7 +5,7 @@ depends on the logits, the request's parameters and its seed, and on nothing of 
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from magicdec.kernels.gumbel import (
     Draw,
     GumbelArgmax,
     Role,
+    Winners,
     gumbel_argmax,
     perturbed_argmax,
     uniforms,
@@ -28,7 +29,7 @@ from magicdec.types import SamplingParams
 from magicdec.vocabulary import Vocabulary
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # made for every row of every step: frozen, it takes three times as long
 class SamplerRow:
     """One token to choose: the one at absolute position `position`."""
 
@@ -42,12 +43,25 @@ class SamplerRow:
     def after(cls, sequence: ScheduledSequence, drafted: tuple[int, ...]) -> "SamplerRow":
         """The choice that follows the sequence's tokens and `drafted`, for draft and verify."""
         assert sequence.sampling is not None
-        history = sequence.history
+        history = sequence.history if sequence.sampling.has_penalties else None
         if history is not None and drafted:
             history = np.concatenate([history, np.array(drafted, dtype=history.dtype)])
         position = sequence.num_tokens + len(drafted)
         prompt = sequence.num_prompt_tokens
         return cls(sequence.sampling, position, history, prompt, num_drafted=len(drafted))
+
+    @classmethod
+    def each_after(
+        cls, sequence: ScheduledSequence, num_drafted: int, drafted: Callable[[], Sequence[int]]
+    ) -> "list[SamplerRow]":
+        """after() none of the drafted tokens, one of them, and so on to all of them. They are asked
+        for where penalties look at them alone: they may still be on the device."""
+        assert sequence.sampling is not None
+        if sequence.sampling.has_penalties:
+            token_ids = tuple(drafted())
+            return [cls.after(sequence, token_ids[:n]) for n in range(num_drafted + 1)]
+        own, position, prompt = sequence.sampling, sequence.num_tokens, sequence.num_prompt_tokens
+        return [cls(own, position + n, None, prompt, n) for n in range(num_drafted + 1)]
 
     @property
     def num_output_tokens(self) -> int:
@@ -83,12 +97,17 @@ class Sampler:
         Returns one token id a row, the same on every rank and however the vocabulary is shared.
         Raises ValueError for a row that holds a NaN, on every rank.
         """
+        return self.winners(logits, rows, vocabulary).token_ids()
+
+    def winners(
+        self, logits: torch.Tensor, rows: list[SamplerRow], vocabulary: Vocabulary | None = None
+    ) -> Winners:
+        """sample() as the device has it."""
         vocabulary = vocabulary or Vocabulary.whole(logits.shape[1])
         draws = [shared_draw(row) for row in rows]
-        if not all(self._is_plain_argmax(row) for row in rows):
+        if not all(map(self._is_plain_argmax, rows)):
             logits = self.process_rows(logits.float(), rows, vocabulary)
-        winners = self._gumbel_argmax(logits, draws, vocabulary.start)
-        return vocabulary.best(winners).token_ids()
+        return vocabulary.best(self._gumbel_argmax(logits, draws, vocabulary.start))
 
     def process(self, scores: torch.Tensor, row: SamplerRow) -> torch.Tensor:
         """Penalties, bias, min_tokens, temperature, top-k, top-p, min-p; removed entries are -inf.
@@ -102,20 +121,21 @@ class Sampler:
     ) -> torch.Tensor:
         """process() of every row, [num_rows, this rank's share], on all ranks together."""
         scores = _scaled(self._adjusted(scores, rows, vocabulary), rows, vocabulary)
+        if not any(removes(sampling, vocabulary.size) for sampling in _distinct(rows)):
+            return scores
         cut = [i for i, row in enumerate(rows) if removes(row.sampling, vocabulary.size)]
         if len(cut) == len(rows):
             return truncate(scores, [row.sampling for row in rows], vocabulary)
-        if cut:
-            index = torch.tensor(cut, device=scores.device)
-            samplings = [rows[i].sampling for i in cut]
-            scores[index] = truncate(scores[index], samplings, vocabulary)
+        index = torch.tensor(cut, device=scores.device)
+        samplings = [rows[i].sampling for i in cut]
+        scores[index] = truncate(scores[index], samplings, vocabulary)
         return scores
 
     def _adjusted(
         self, scores: torch.Tensor, rows: list[SamplerRow], vocabulary: Vocabulary
     ) -> torch.Tensor:
         """With penalties, biases and bans, in a copy where there are any."""
-        if all(self._keeps_logits(row) for row in rows):
+        if not any(map(_may_adjust, _distinct(rows))) or all(map(self._keeps_logits, rows)):
             return scores
         scores = scores.clone()
         for own, row in zip(scores, rows, strict=True):
@@ -158,6 +178,16 @@ class Sampler:
         return float(uniforms(_draw(row, role).words(1))[0])
 
 
+def _distinct(rows: list[SamplerRow]) -> Collection[SamplingParams]:
+    """The rows' parameters, those of one sequence's rows once."""
+    return {id(row.sampling): row.sampling for row in rows}.values()
+
+
+def _may_adjust(sampling: SamplingParams) -> bool:
+    """Whether logits of some row with these parameters are not taken as they are."""
+    return sampling.has_penalties or bool(sampling.logit_bias) or sampling.min_tokens > 0
+
+
 def scaled_scores(
     scores: torch.Tensor,  # fp32 [num_rows, this rank's share]
     greatest: torch.Tensor,  # fp32 [num_rows], of all ranks
@@ -176,7 +206,8 @@ def scaled_scores(
 
 def shared_draw(row: SamplerRow) -> Draw | None:
     """The noise that draft and target share at the row's position; None: greedy."""
-    return None if row.sampling.temperature == 0.0 else _draw(row, Role.SHARED)
+    sampling = row.sampling
+    return None if sampling.temperature == 0.0 else Draw(sampling.seed, row.position, Role.SHARED)
 
 
 def _draw(row: SamplerRow, role: Role) -> Draw:

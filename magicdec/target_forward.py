@@ -8,23 +8,27 @@ block is shared from the step after the one that computed it on, and never writt
 (prefix_cache.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from magicdec.attention import AttentionObserver, PagedAttention, row_positions
 from magicdec.batch import ScheduledSequence
+from magicdec.drafts import Draft, references_of, token_ids_of, tokens_on_device
 from magicdec.graphs.capture import KeptForward
-from magicdec.graphs.forward_graphs import MOST_ROWS, ForwardGraphs
+from magicdec.graphs.forward_graphs import ForwardGraphs
+from magicdec.graphs.forward_inputs import MOST_ROWS
 from magicdec.kernels.dispatch import AttentionBackend
 from magicdec.kernels.paged_layout import PagedLayout
 from magicdec.kernels.transfer import send
 from magicdec.kv_cache import PagedKVCache
-from magicdec.sampler import Proposal, SamplerRow
+from magicdec.sampler import SamplerRow
 
-Draft = tuple[Proposal, ...]
+TokenIds = Sequence[int] | NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +57,14 @@ class StepRows:
         drafts = [self.drafts[i] for i in indices]
         return StepRows.of(sequences, drafts, self.layout.block_size)
 
-    def token_ids(self) -> torch.Tensor:
-        """[num_rows]"""
-        pieces = [
-            np.concatenate([s.token_ids, np.array([p.token_id for p in d], dtype=np.int64)])
-            for s, d in zip(self.sequences, self.drafts, strict=True)
-        ]
+    def token_ids(self, ids_of: Callable[[Draft], TokenIds] = token_ids_of) -> torch.Tensor:
+        """[num_rows]; the host waits for drafts that are on the device, unless references_of them
+        are enough."""
+        pieces: list[TokenIds] = []
+        for sequence, draft in zip(self.sequences, self.drafts, strict=True):
+            pieces.append(sequence.token_ids)
+            if len(draft) > 0:
+                pieces.append(ids_of(draft))
         return torch.from_numpy(np.concatenate(pieces))
 
     def sampled(self) -> list[int]:
@@ -67,18 +73,23 @@ class StepRows:
 
     def choices(self) -> list[SamplerRow]:
         """What the sampled sequences choose: after their tokens, and after each drafted one."""
-        rows = []
+        rows: list[SamplerRow] = []
         for i in self.sampled():
-            drafted = tuple(p.token_id for p in self.drafts[i])
-            steps = range(len(drafted) + 1)
-            rows += [SamplerRow.after(self.sequences[i], drafted[:n]) for n in steps]
+            sequence, draft = self.sequences[i], self.drafts[i]
+            rows += SamplerRow.each_after(sequence, len(draft), partial(token_ids_of, draft))
         return rows
 
     def keep(self) -> torch.Tensor:
         """The rows whose logits these are chosen from, [num_choices]."""
-        stops = np.cumsum(self.layout.query_lens)
-        places = [np.arange(stops[i] - len(self.drafts[i]) - 1, stops[i]) for i in self.sampled()]
-        return torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *places]))
+        sampled = self.sampled()
+        counts = np.array([len(self.drafts[i]) + 1 for i in sampled], dtype=np.int64)
+        stops = np.cumsum(self.layout.query_lens, dtype=np.int64)[sampled]
+        return torch.from_numpy(spans(stops - counts, counts))
+
+
+def spans(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """start .. start + count - 1 of each, end to end."""
+    return np.repeat(starts + counts - np.cumsum(counts), counts) + np.arange(counts.sum())
 
 
 class TargetForward:
@@ -126,7 +137,8 @@ class TargetForward:
     def _replayed(
         self, step: StepRows, observers: Sequence[AttentionObserver], graphs: ForwardGraphs
     ) -> torch.Tensor:
-        return graphs.forward(step.layout, step.token_ids(), step.keep(), observers)
+        token_ids, drafted = step.token_ids(references_of), tokens_on_device(step.drafts)
+        return graphs.forward(step.layout, token_ids, step.keep(), observers, drafted)
 
 
 def _over(

@@ -11,12 +11,14 @@ target's law but not the sample.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from magicdec.drafts import Draft, fetch, token_ids_of
 from magicdec.kernels.gumbel import Role
 from magicdec.sampler import Proposal, Sampler, SamplerRow
 from magicdec.vocabulary import Vocabulary
@@ -37,7 +39,7 @@ class VerificationRule(Protocol):
         self,
         logits: torch.Tensor,  # [num_rows, vocab_size] of the target
         rows: list[SamplerRow],
-        drafts: list[tuple[Proposal, ...]],
+        drafts: Sequence[Draft],
     ) -> list[tuple[int, ...]]:
         """The tokens each round emits: accepted drafts, then the recovered or bonus token.
 
@@ -60,16 +62,17 @@ class SharedNoise:
 
     def only_scales(self, rows: list[SamplerRow]) -> bool:
         """See VerificationRule.only_scales."""
-        return all(self._sampler.only_scales(row) for row in rows)
+        return all(map(self._sampler.only_scales, rows))
 
     def verify(
-        self, logits: torch.Tensor, rows: list[SamplerRow], drafts: list[tuple[Proposal, ...]]
+        self, logits: torch.Tensor, rows: list[SamplerRow], drafts: Sequence[Draft]
     ) -> list[tuple[int, ...]]:
         """See VerificationRule.verify."""
-        chosen = iter(self._sampler.sample(logits, rows, self._vocabulary))
+        chosen = fetch(self._sampler.winners(logits, rows, self._vocabulary), drafts)
+        stops = list(accumulate(len(draft) + 1 for draft in drafts))
         return [
-            accept([p.token_id for p in draft], [next(chosen) for _ in range(len(draft) + 1)])
-            for draft in drafts
+            accept(token_ids_of(draft), chosen[stop - len(draft) - 1 : stop])
+            for draft, stop in zip(drafts, stops, strict=True)
         ]
 
 
@@ -108,14 +111,14 @@ class OptimalCoupling:
         return is_greedy and all(self._sampler.only_scales(row) for row in rows)
 
     def verify(
-        self, logits: torch.Tensor, rows: list[SamplerRow], drafts: list[tuple[Proposal, ...]]
+        self, logits: torch.Tensor, rows: list[SamplerRow], drafts: Sequence[Draft]
     ) -> list[tuple[int, ...]]:
         """See VerificationRule.verify."""
         logits = self._whole(logits)
         emitted, start = [], 0
         for draft in drafts:
             stop = start + len(draft) + 1
-            emitted.append(self._judge(logits[start:stop], rows[start:stop], draft))
+            emitted.append(self._judge(logits[start:stop], rows[start:stop], tuple(draft)))
             start = stop
         return emitted
 
@@ -192,8 +195,9 @@ def accept(draft_token_ids: Sequence[int], target_token_ids: Sequence[int]) -> t
             f"got {len(target_token_ids)}"
         )
     num_accepted = 0
-    for draft, target in zip(draft_token_ids, target_token_ids, strict=False):
-        if draft != target:
-            break
+    while (
+        num_accepted < len(draft_token_ids)
+        and draft_token_ids[num_accepted] == target_token_ids[num_accepted]
+    ):
         num_accepted += 1
     return tuple(target_token_ids[: num_accepted + 1])

@@ -7,6 +7,7 @@ import torch
 
 from magicdec.attention import AttentionContext, AttentionObserver
 from magicdec.batch import ScheduledSequence
+from magicdec.drafts import Draft
 from magicdec.kernels.paged_layout import PagedLayout
 from magicdec.sampler import Proposal, SamplerRow
 
@@ -22,7 +23,7 @@ class Drafter(Protocol):
     """Drafts for the sequences that name it. Whatever it proposes, the emitted tokens stand:
     a drafter that has lost or never had its state drafts worse, not wrong."""
 
-    def propose(self, sequences: list[ScheduledSequence]) -> list[tuple[Proposal, ...]]:
+    def propose(self, sequences: list[ScheduledSequence]) -> Sequence[Draft]:
         """At most draft_length tokens each; every sequence is a decode row of this drafter's."""
         ...
 

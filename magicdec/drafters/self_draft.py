@@ -13,6 +13,7 @@ from magicdec.config import SelectionConfig
 from magicdec.draft_attention import DraftAttention
 from magicdec.draft_views import DraftViews
 from magicdec.drafters.base import Forward, Propose
+from magicdec.drafts import DeviceDraft, Draft
 from magicdec.graphs.draft_graphs import DraftGraphs, DraftRound
 from magicdec.kernels.dispatch import AttentionBackend
 from magicdec.kernels.paged_layout import PagedLayout
@@ -79,7 +80,7 @@ class SelfDrafter:
         self._selections: dict[int, Selection] = {}
         self._rounds_since: dict[int, float] = {}  # verify passes since one was taken of a round
 
-    def propose(self, sequences: list[ScheduledSequence]) -> list[tuple[Proposal, ...]]:
+    def propose(self, sequences: list[ScheduledSequence]) -> Sequence[Draft]:
         """See Drafter.propose."""
         views = DraftViews(
             draft_layout(sequences, self._cache.block_size),
@@ -200,16 +201,12 @@ def draft_steps(
 
 def replay_steps(
     sequences: list[ScheduledSequence], first_rows: list[SamplerRow], replayed: DraftRound
-) -> list[tuple[Proposal, ...]]:
-    """draft_steps() without the host between the steps: the same tokens."""
-    steps = replayed.draft(
+) -> list[Draft]:
+    """draft_steps() without the host between the steps, nor after them: the same tokens."""
+    tokens = replayed.draft(
         token_ids=[int(s.token_ids[0]) for s in sequences],
         positions=[s.num_computed_tokens for s in sequences],
         last=[s.num_computed_tokens + s.draft_length for s in sequences],
         rows=first_rows,
     )
-    drafts = zip(*steps, strict=True)
-    return [
-        tuple(Proposal(token_id) for token_id in draft[: s.draft_length])
-        for s, draft in zip(sequences, drafts, strict=True)
-    ]
+    return [DeviceDraft(tokens, i, s.draft_length) for i, s in enumerate(sequences)]

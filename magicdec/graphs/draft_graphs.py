@@ -7,9 +7,9 @@
 
 A round describes its views (view_inputs.py), of which one launch lists slots and masks where the
 graph reads them, and sends its rows once: a step chooses its own token and leaves it where the next
-one reads. Where choosing takes more than that (draft_inputs.py) the host takes the logits, and
-copies its own choice there before the next step. The round's own columns have no mask: a step sees
-them up to its own.
+one reads, and all of them where verification does (drafts.py). Where choosing takes more than that
+(draft_inputs.py) the host takes the logits, and copies its own choice there before the next step.
+The round's own columns have no mask: a step sees them up to its own.
 """
 
 import logging
@@ -20,11 +20,11 @@ import torch
 
 from magicdec.attention import AttentionContext
 from magicdec.draft_views import DraftViews
+from magicdec.drafts import DeviceTokens
 from magicdec.graphs.capture import Capturer, Graph, KeptForward
 from magicdec.graphs.draft_inputs import DraftInputs
 from magicdec.graphs.view_inputs import ViewInputs
 from magicdec.kernels.dispatch import AttentionBackend, ChooseOnDevice
-from magicdec.kernels.gumbel import unordered
 from magicdec.kernels.sparse_attention import DeviceView
 from magicdec.kernels.view_columns import ViewColumns
 from magicdec.kv_cache import LayerSpec, PagedKVCache
@@ -142,22 +142,14 @@ class DraftRound:
         positions: list[int],
         last: list[int],  # where a row whose own draft is done stays
         rows: list[SamplerRow],  # the choices of the first step
-    ) -> list[list[int]]:
-        """One token a step and row: [num_steps][batch]. The host waits once, for all of them.
-
-        Raises ValueError for scores that hold a NaN.
-        """
+    ) -> DeviceTokens:
+        """One token a step and row. The host waits for none of them."""
         captured, batch = self._captured, len(rows)
         captured.staging.write(token_ids, positions, last, rows)
         captured.step.inputs.words.copy_(captured.staging.words, non_blocking=True)
         for _ in range(self._num_steps):
             captured.graph.replay()
-        steps: list[list[int]] = captured.step.drafted[: self._num_steps].tolist()
-        drafted = [chosen[:batch] for chosen in steps]
-        for chosen in drafted:
-            if min(chosen) < 0:
-                raise ValueError(unordered(chosen.index(-1)))
-        return drafted
+        return DeviceTokens(captured.step.drafted[: self._num_steps], batch)
 
     def __call__(
         self, token_ids: torch.Tensor, positions: torch.Tensor, attention: AttentionContext

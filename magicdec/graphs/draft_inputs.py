@@ -44,16 +44,12 @@ class DraftInputs:
         """A round's first step, on the host. A row that is not there is at position 0."""
         batch = len(rows)
         self.words.zero_()
-        for place, values in (
-            (self.token_ids, token_ids),
-            (self.positions, positions),
-            (self.last, last),
-        ):
-            place[:batch] = torch.tensor(values)
-        temperatures = [row.sampling.temperature for row in rows]
-        self.temperatures[:batch] = torch.tensor(temperatures, dtype=torch.float64)
+        self.token_ids.numpy()[:batch] = token_ids
+        self.positions.numpy()[:batch] = positions
+        self.last.numpy()[:batch] = last
+        self.temperatures.numpy()[:batch] = [row.sampling.temperature for row in rows]
         keys = draw_keys([shared_draw(row) for row in rows])
-        self.keys[:batch] = torch.from_numpy(keys.view(np.int64))
+        self.keys.numpy()[:batch] = keys.view(np.int64)
 
     def write_step(self, step: int, token_ids: torch.Tensor, positions: torch.Tensor) -> None:
         """A step whose choice the host makes; what the step itself chooses is not looked at."""

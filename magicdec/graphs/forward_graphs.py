@@ -13,70 +13,17 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from magicdec.attention import AttentionObserver
+from magicdec.drafts import resolve
 from magicdec.graphs.capture import Capturer, Graph, KeptForward
+from magicdec.graphs.forward_inputs import MOST_ROWS, NO_SLOT, TIERS, ForwardInputs, Shape
 from magicdec.kernels.dispatch import AttentionBackend
 from magicdec.kernels.paged_layout import DeviceLayout, PagedLayout
-from magicdec.kernels.transfer import send
 from magicdec.kv_cache import PagedKVCache
 
 logger = logging.getLogger(__name__)
-
-TIERS = (1, 2, 3, 5, 7, 9)
-MOST_ROWS = max(TIERS)
-_NO_SLOT = -1  # of a row that is not there
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """Of a graph, and of the int32 buffer that it reads."""
-
-    bucket: int
-    tier: int
-    num_columns: int  # of the block tables
-
-    @property
-    def num_rows(self) -> int:
-        return self.bucket * self.tier
-
-    @property
-    def sizes(self) -> list[int]:
-        """Of token ids, positions and slots, a row; query_lens, context_lens and tables, a
-        sequence."""
-        return [self.num_rows] * 3 + [self.bucket] * 2 + [self.bucket * self.num_columns]
-
-    def rows(self, layout: PagedLayout) -> NDArray[np.int64]:
-        """Where the layout's packed rows are in the graph, [num_rows of the layout]."""
-        sequences, within = _packed_rows(layout)
-        return self.tier * sequences + within
-
-    def write(self, buffer: NDArray[np.int32], layout: PagedLayout, ids: NDArray[np.int64]) -> None:
-        """What this step is; `ids` are the packed rows' tokens."""
-        places = np.cumsum(self.sizes)[:-1]
-        token_ids, positions, slots, query_lens, context_lens, tables = np.split(buffer, places)
-        sequences, within = _packed_rows(layout)
-        rows, batch = self.tier * sequences + within, len(layout.query_lens)
-        slots[:] = _NO_SLOT
-        query_lens[:] = 0
-        query_lens[:batch], context_lens[:batch] = layout.query_lens, layout.context_lens
-        tables = tables.reshape(self.bucket, -1)
-        for row, table in zip(tables, layout.block_tables, strict=False):
-            row[: len(table)] = table
-        size, own = layout.block_size, context_lens[sequences] + within
-        token_ids[rows], positions[rows] = ids, own
-        slots[rows] = tables[sequences, own // size] * size + own % size
-
-
-def _packed_rows(layout: PagedLayout) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Of each packed row, its sequence and which of the sequence's rows it is."""
-    query_lens = np.array(layout.query_lens)
-    sequences = np.repeat(np.arange(len(query_lens)), query_lens)
-    starts = np.cumsum(query_lens) - query_lens
-    return sequences, np.arange(len(sequences)) - starts[sequences]
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +96,7 @@ class StaticForward:
     buffer: torch.Tensor  # int32, see Shape.sizes
     token_ids: torch.Tensor  # [num_rows], of the buffer
     positions: torch.Tensor
+    kept: torch.Tensor  # [num_rows], of the buffer: for whoever reads the logits
     attention: GraphAttention
     all_rows: torch.Tensor
 
@@ -170,7 +118,7 @@ def static_forward(
     shape: Shape,
     buffer: torch.Tensor,  # int32, on the device
 ) -> StaticForward:
-    token_ids, positions, slots, query_lens, context_lens, tables = buffer.split_with_sizes(
+    token_ids, positions, slots, kept, query_lens, context_lens, tables = buffer.split_with_sizes(
         shape.sizes
     )
     rows = torch.arange(shape.num_rows, dtype=torch.int32, device=buffer.device)
@@ -188,7 +136,7 @@ def static_forward(
         block_size=cache.block_size,
     )
     attention = GraphAttention(cache, backend, layout, slots)
-    return StaticForward(forward, buffer, token_ids, positions, attention, rows.long())
+    return StaticForward(forward, buffer, token_ids, positions, kept, attention, rows.long())
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +144,7 @@ class _Captured:
     graph: Graph
     step: StaticForward  # holds what the graph reads
     staging: torch.Tensor  # in pinned memory, then copied to the step's buffer
+    inputs: ForwardInputs  # of the staging
     logits: torch.Tensor  # [num_rows, vocab_size]
 
 
@@ -225,6 +174,7 @@ class ForwardGraphs:
         token_ids: torch.Tensor,  # [num_rows], on the host
         keep: torch.Tensor,  # [num_kept], on the host
         observers: Sequence[AttentionObserver] = (),
+        drafted: torch.Tensor | None = None,  # what token_ids refer to, see drafts.resolve
     ) -> torch.Tensor:
         """Logits [num_kept, vocab_size]; the rows' K/V are in the pages then."""
         tier = next(tier for tier in TIERS if tier >= max(layout.query_lens))
@@ -233,20 +183,20 @@ class ForwardGraphs:
         if shape not in self._captured:
             self._captured[shape] = self._capture(shape)
         captured = self._captured[shape]
-        shape.write(captured.staging.numpy(), layout, token_ids.numpy())
-        captured.step.buffer.copy_(captured.staging, non_blocking=True)
+        step = captured.step
+        captured.inputs.write(layout, token_ids.numpy(), keep.numpy())
+        step.buffer.copy_(captured.staging, non_blocking=True)
+        if drafted is not None:
+            resolve(step.token_ids, drafted)
         captured.graph.replay()
-        captured.step.attention.show(observers, range(0, shape.num_rows, tier))
-        if len(keep) == shape.num_rows:  # nothing to send, and nothing to wait for
-            return captured.logits.clone()
-        kept = torch.from_numpy(shape.rows(layout)[keep.numpy()])
-        return captured.logits.index_select(0, send(kept, self._device))
+        step.attention.show(observers, range(0, shape.num_rows, tier))
+        return captured.logits.index_select(0, step.kept[: len(keep)])
 
     def _capture(self, shape: Shape) -> _Captured:
         staging = self._capturer.staging(sum(shape.sizes), torch.int32)
-        staging.split_with_sizes(shape.sizes)[2].fill_(_NO_SLOT)
-        buffer = staging.to(self._device)
+        staging.split_with_sizes(shape.sizes)[2].fill_(NO_SLOT)
+        buffer = staging.to(self._device, copy=True)
         step = static_forward(self._forward, self._cache, self._backend, shape, buffer)
         graph, logits = self._capturer.capture(step)
         logger.info("captured a forward of %d x %d rows", shape.bucket, shape.tier)
-        return _Captured(graph, step, staging, logits)
+        return _Captured(graph, step, staging, ForwardInputs(shape, staging.numpy()), logits)

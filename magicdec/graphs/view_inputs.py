@@ -49,15 +49,12 @@ class ViewInputs:
         sequences, layers = self._sequences, self._layers
         sequences[batch:], layers[batch:] = 0, 0
         lengths = np.array([len(table) for table in layout.block_tables])
-        sequences[:batch] = np.array(
-            [
-                [selection.positions.data_ptr() for selection in held],
-                [len(selection.positions) for selection in held],
-                layout.context_lens,
-                np.cumsum(lengths) - lengths,
-            ]
-        ).T
-        places = np.stack([selection.places for selection in held])
+        columns = sequences[:batch].T
+        columns[0] = [selection.positions.data_ptr() for selection in held]
+        columns[1] = [len(selection.positions) for selection in held]
+        columns[2] = layout.context_lens
+        columns[3] = np.cumsum(lengths) - lengths
+        places = np.concatenate([s.places for s in held]).reshape(batch, num_layers, 3)
         layers[:batch, :, 2:] = places[:, :, :2]
         num_first = min(views.config.num_first_layers, num_layers)
         for start, stop in ((0, num_first), (num_first, num_layers)):
@@ -71,7 +68,7 @@ class ViewInputs:
         np.concatenate(layout.block_tables, out=self._tables[:num_blocks], casting="same_kind")
         self._num_words = self._fixed + -(-num_blocks // 2)
         self._selected = tuple(selection.positions for selection in held)
-        return int(layers[:batch, :, :2].sum(axis=2).max())
+        return int((layers[:batch, :, 0] + layers[:batch, :, 1]).max())
 
     def send(self, views: DraftViews) -> ViewColumns:
         """What write() described."""

@@ -9,7 +9,7 @@ import inspect
 import math
 import os
 import turtle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +18,11 @@ import pytest
 import torch
 
 from magicdec.deployments.embedded_model import EMBEDDED_MODEL_NAME, resolve_model
+from magicdec.drafts import Draft
 from magicdec.engine import Engine
 from magicdec.executor import LocalExecutor
 from magicdec.model_loader import load_tokenizer, read_model_facts
-from magicdec.sampler import Proposal, SamplerRow
+from magicdec.sampler import SamplerRow
 from magicdec.types import Request, SamplingParams
 from magicdec.verification import OptimalCoupling, VerificationRule
 from tests.benchmarks.acceptance_tasks import Window
@@ -42,7 +43,7 @@ class Credulous(OptimalCoupling):
     """The planted fault: every drafted token stands."""
 
     def verify(
-        self, logits: torch.Tensor, rows: list[SamplerRow], drafts: list[tuple[Proposal, ...]]
+        self, logits: torch.Tensor, rows: list[SamplerRow], drafts: Sequence[Draft]
     ) -> list[tuple[int, ...]]:
         judged = super().verify(logits, rows, drafts)
         return [

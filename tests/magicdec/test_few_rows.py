@@ -14,7 +14,8 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from magicdec.few_rows import serve_few_rows
 from magicdec.fused_layers import FewRowLinear, FusedDecoderLayer
 from magicdec.fused_modules import fuse_modules
-from magicdec.graphs.forward_graphs import Shape, static_forward
+from magicdec.graphs.forward_graphs import static_forward
+from magicdec.graphs.forward_inputs import Shape
 from magicdec.kernels.dispatch import triton_backend
 from magicdec.kernels.triton_linear import TritonLinear
 from magicdec.kernels.triton_steps import TritonElementwise
@@ -74,7 +75,7 @@ def logits(model: LoadedModel, num_rows: int) -> torch.Tensor:
     shape = Shape(bucket=num_rows, tier=1, num_columns=1)
     rows = torch.arange(num_rows, dtype=torch.int32, device=DEVICE)
     ones, zeros = torch.ones_like(rows), torch.zeros_like(rows)
-    buffer = torch.cat([rows, zeros, rows * BLOCK_SIZE, ones, zeros, rows])
+    buffer = torch.cat([rows, zeros, rows * BLOCK_SIZE, rows, ones, zeros, rows])
     step = static_forward(model.forward, cache, triton_backend(), shape, buffer)
     with torch.inference_mode(), CapturedRegion([*tensors_of(model, cache), *step.static]):
         return step()

@@ -219,7 +219,7 @@ class Steps:
             positions=[self._context] * self._batch,
             last=[self._context + self._draft_length] * self._batch,
             rows=rows,
-        )
+        ).rows()
 
     def _beside_a_chunk(self, graphs: ForwardGraphs | None) -> list[int]:
         """Plain rows and a prompt's first chunk, in one forward or, with graphs, in two."""

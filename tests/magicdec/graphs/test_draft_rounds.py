@@ -12,8 +12,10 @@ from magicdec.config import SelectionConfig
 from magicdec.draft_attention import DraftAttention
 from magicdec.draft_views import DraftViews
 from magicdec.drafters.self_draft import draft_layout, draft_steps, replay_steps
+from magicdec.drafts import fetch
 from magicdec.graphs.draft_graphs import DraftGraphs, DraftRound
 from magicdec.kernels.dispatch import triton_backend
+from magicdec.kernels.gumbel import Winners
 from magicdec.kernels.triton_gumbel import gumbel_argmax
 from magicdec.kv_cache import PagedKVCache
 from magicdec.model_loader import LoadedModel, describe_model
@@ -111,7 +113,7 @@ class Case:
     def on_the_device(self, sequences: list[ScheduledSequence]) -> Drafts:
         rows, replayed = self.begin(sequences)
         assert replayed.chooses
-        return replay_steps(sequences, rows, replayed)
+        return [tuple(draft) for draft in replay_steps(sequences, rows, replayed)]
 
 
 @torch.inference_mode()
@@ -139,13 +141,20 @@ def test_full_buckets_draft_what_the_host_does(batch: int) -> None:
 
 
 @torch.inference_mode()
-def test_a_round_is_one_copy_each_way() -> None:
+def test_a_rounds_rows_are_one_copy_and_its_drafts_come_back_with_what_is_chosen() -> None:
     case = Case()
     sequences = case.sequences([70, 9], [1, 3], [COLD, HOT])
+    expected = case.on_the_host(sequences)
     rows, replayed = case.begin(sequences)
     (captured,) = case.graphs._captured.values()
-    with HostCopies([*captured.step.static, captured.logits]) as copies:
-        replay_steps(sequences, rows, replayed)
+    winners = Winners(torch.zeros(6, dtype=torch.float64), torch.arange(6))
+    static = [*captured.step.static, captured.logits, winners.values, winners.entries]
+    with HostCopies(static) as copies:
+        drafts = replay_steps(sequences, rows, replayed)
+        assert [len(draft) for draft in drafts] == [1, 3]
+        assert (copies.to_device, copies.to_host) == (["copy_"], [])
+        assert fetch(winners, [(), *drafts]) == list(range(6))
+        assert [tuple(draft) for draft in drafts] == expected
     assert (copies.to_device, copies.to_host) == (["copy_"], ["tolist"])
     assert case.capturer.replays["StaticDraftStep"] == 3
 

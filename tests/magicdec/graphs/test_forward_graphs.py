@@ -9,7 +9,8 @@ import torch
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from magicdec.attention import PagedAttention, row_positions
-from magicdec.graphs.forward_graphs import Shape, StaticForward, static_forward
+from magicdec.graphs.forward_graphs import StaticForward, static_forward
+from magicdec.graphs.forward_inputs import ForwardInputs, Shape
 from magicdec.kernels.dispatch import triton_backend
 from magicdec.kernels.paged_layout import PagedLayout
 from magicdec.kv_cache import PagedKVCache
@@ -56,11 +57,12 @@ def test_ragged_rows_get_the_packed_forwards_logits(model: LoadedModel) -> None:
     attention = PagedAttention(cache, layout, BACKEND)
     expected = model.forward(token_ids, row_positions(layout), attention)
     step, buffer = static(model, other)
-    words = np.zeros(len(buffer), dtype=np.int32)
+    words, keep = np.zeros(len(buffer), dtype=np.int32), np.arange(len(token_ids))
+    inputs = ForwardInputs(SHAPE, words)
     for _ in range(2):  # the second time over what the first one left
-        SHAPE.write(words, layout, token_ids.numpy())
+        inputs.write(layout, token_ids.numpy(), keep)
         buffer.copy_(torch.from_numpy(words))
-        found = step()[torch.from_numpy(SHAPE.rows(layout)).to(DEVICE)]
+        found = step().index_select(0, step.kept[: len(keep)])
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     for mine, theirs in zip((*other.k, *other.v), (*cache.k, *cache.v), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
