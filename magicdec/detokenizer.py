@@ -14,7 +14,7 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...]) -> None:
-        self._tokenizer = tokenizer
+        self._backend = tokenizer.backend_tokenizer
         # Not text, but the stream would decode all of a run of them at each one.
         self._special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         self._stream = _new_stream()
@@ -26,7 +26,7 @@ class Detokenizer:
     def append(self, token_id: int, may_stop: bool) -> str:
         """Text that this token releases; stop strings are looked for only where it may stop."""
         text = self._decode(token_id)
-        return self._release(text) if may_stop else text
+        return self._release(text) if may_stop and self._stop else text
 
     def flush(self) -> str:
         """What was held back, once no more tokens come."""
@@ -36,22 +36,22 @@ class Detokenizer:
     def _decode(self, token_id: int) -> str:
         if token_id in self._special:
             return ""
-        backend = self._tokenizer.backend_tokenizer
         try:
-            text = self._stream.step(backend, token_id)
+            text = self._stream.step(self._backend, token_id)
         except Exception:  # what tokenizers raises for bytes that no character begins with
             given_up = self._give_up_undecoded()
             self._stream = _new_stream()
-            text = given_up + (self._stream.step(backend, token_id) or "")
+            text = given_up + (self._stream.step(self._backend, token_id) or "")
         if not text:
             self._undecoded.append(token_id)
             return ""
-        self._undecoded.clear()
+        if self._undecoded:
+            self._undecoded.clear()
         return text
 
     def _give_up_undecoded(self) -> str:
         """Bytes that never became a character, as replacement characters."""
-        text: str = self._tokenizer.backend_tokenizer.decode(self._undecoded)
+        text: str = self._backend.decode(self._undecoded)
         self._undecoded.clear()
         return text
 
