@@ -2,9 +2,7 @@
 
 from collections.abc import Sequence as Tokens
 
-from transformers import PreTrainedTokenizerBase
-
-from magicdec.detokenizer import Detokenizer
+from magicdec.detokenizer import Detokenizer, TokenTexts
 from magicdec.sequence import Sequence
 from magicdec.types import FinishReason
 
@@ -15,13 +13,13 @@ class Answer:
     def __init__(
         self,
         sequence: Sequence,
-        tokenizer: PreTrainedTokenizerBase,
+        texts: TokenTexts,
         eos_token_ids: frozenset[int],
         max_model_len: int,
     ) -> None:
         sampling = sequence.request.sampling
         self.sequence = sequence
-        self._detokenizer = Detokenizer(tokenizer, sampling.stop)
+        self._detokenizer = Detokenizer(texts, sampling.stop)
         eos = frozenset[int]() if sampling.ignore_eos else eos_token_ids
         self._stop_token_ids = eos | frozenset(sampling.stop_token_ids)
         self._least_tokens = sequence.num_prompt_tokens + sampling.min_tokens

@@ -10,6 +10,7 @@ from magicdec.answer import Answer
 from magicdec.batch import Batch, StepResult
 from magicdec.config import ConfigError, EngineConfig
 from magicdec.control.round_policy import FixedPolicy, RoundPolicy
+from magicdec.detokenizer import TokenTexts
 from magicdec.draft_choice import check_speculation
 from magicdec.executor import Executor
 from magicdec.model_loader import ModelFacts
@@ -41,7 +42,7 @@ class Engine:
         self.stats = EngineStats()
         self._tally = RoundTally()
         self._executor = executor
-        self._tokenizer = tokenizer
+        self._texts = TokenTexts(tokenizer)
         self._facts = facts
         self._total_kv_tokens = executor.num_blocks * config.cache.block_size
         self.max_model_len = _resolve_max_model_len(config, facts, self._total_kv_tokens)
@@ -70,7 +71,7 @@ class Engine:
         """Queues a request; its journal counts as output. Raises RequestError if it cannot fit."""
         self._check(request)
         sequence = Sequence(request, next(self._arrivals), list(request.prompt_token_ids))
-        answer = Answer(sequence, self._tokenizer, self._facts.eos_token_ids, self.max_model_len)
+        answer = Answer(sequence, self._texts, self._facts.eos_token_ids, self.max_model_len)
         self._answers[request.request_id] = answer
         self._scheduler.add(sequence)
         reason = None
