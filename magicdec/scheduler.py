@@ -190,12 +190,12 @@ class Scheduler:
 
     def _reserve_lookahead(self, sequence: Sequence, draft_length: int) -> int:
         """Blocks for a draft, which shrinks to what is free. Returns its length."""
-        num_tokens = len(sequence.token_ids)
-        held = len(sequence.block_table) + self.pool.num_free
-        room = held * self._block_size - num_tokens
-        useful = sequence.useful_draft_length(self._max_model_len)
-        length = max(min(draft_length, useful, room), 0)
-        self._extend(sequence, num_tokens + length)
+        num_tokens, held = len(sequence.token_ids), len(sequence.block_table)
+        length = max(min(draft_length, sequence.useful_draft_length(self._max_model_len)), 0)
+        if num_tokens + length > held * self._block_size:
+            room = (held + self.pool.num_free) * self._block_size - num_tokens
+            length = min(length, room)
+            self._extend(sequence, num_tokens + length)
         return length
 
     def _extend(self, sequence: Sequence, num_tokens: int) -> None:

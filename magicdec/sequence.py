@@ -126,7 +126,7 @@ class Sequence:
     def usage(self) -> Usage:
         return Usage(
             self.num_prompt_tokens,
-            self.num_output_tokens,
+            len(self.token_ids) - self.num_prompt_tokens,
             self.num_cached_tokens or 0,
             self.num_rounds,
             self.num_draft_tokens,
