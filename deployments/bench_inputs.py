@@ -21,7 +21,7 @@ from magicdec.deployments.bench_text import neighbouring_windows, read_text
 from magicdec.deployments.engine_settings import GIB
 from magicdec.deployments.live_bench import answer_tokens
 from magicdec.deployments.plan_inputs import read_model
-from magicdec.draft_choice import choose_draft
+from magicdec.draft_choice import DraftChoices
 from magicdec.planning.devices import PlanDevice
 from magicdec.planning.figures import PointFigures
 from magicdec.planning.memory import PlanModel
@@ -201,7 +201,7 @@ def _draft_settings(config: EngineConfig, context_len: int) -> tuple[DraftSettin
     budgets: list[int] = []
     for budget in adaptive.draft_budgets:
         wish = RoundPlan(speculation.drafter, speculation.max_draft_length, budget)
-        choice = choose_draft(wish, asking, speculation, context_len)
+        choice = DraftChoices(wish, speculation).choose(asking, context_len)
         if choice is not None and choice.draft_budget not in budgets:
             budgets.append(choice.draft_budget)
     return draft_settings(adaptive.drafters, budgets, ())  # accepted as is expected by default

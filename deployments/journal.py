@@ -49,7 +49,7 @@ class Journal:
         self.emitted.extend(output.token_ids)
         self.last = output.usage
         usage = add_usages([output.usage, self.earlier])
-        return replace(output, request_id=self.request.request_id, usage=usage)
+        return output._replace(request_id=self.request.request_id, usage=usage)
 
     def next_request(self) -> Request:
         """What the next replica is sent.
@@ -71,7 +71,7 @@ class Journal:
         self.avoid(loss.replica_id)
         self.deaths += loss.died
         self.resumes += 1
-        rounds = replace(self.last, prompt_tokens=0, completion_tokens=0, cached_tokens=0)
+        rounds = self.last._replace(prompt_tokens=0, completion_tokens=0, cached_tokens=0)
         self.earlier = add_usages([rounds, self.earlier])
         self.last = _NOTHING
         if self.deaths >= MAX_DEATHS:

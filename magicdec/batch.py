@@ -8,11 +8,13 @@ Every round that samples emits its accepted tokens and exactly one recovered or 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from magicdec.types import SamplingParams, Sequence
+from magicdec.sequence import Sequence
+from magicdec.types import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +47,12 @@ class DraftChoice:
     may_refresh: bool = True  # whether a decode row's attention may choose its view again
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledSequence:
+class ScheduledSequence(NamedTuple):
     """One sequence's share of a step: a prefill chunk, or a decode row with room for its draft.
 
     block_table covers num_computed_tokens + len(token_ids) + draft_length positions. `sequence_id`
-    names one stay in the running set: a sequence that was preempted returns under another.
+    names one stay in the running set: a sequence that was preempted returns under another. The
+    arrays are not to be written to: while nothing changes, the next step has the same ones.
     """
 
     sequence_id: int
@@ -64,24 +66,25 @@ class ScheduledSequence:
 
     @classmethod
     def of(
-        cls, sequence: Sequence, num_rows: int, draft: DraftChoice | None
+        cls,
+        sequence: Sequence,
+        token_ids: NDArray[np.int64],
+        draft: DraftChoice | None,
     ) -> "ScheduledSequence":
-        """The next rows of a sequence whose blocks are there."""
+        """The next rows of a sequence whose blocks are there; `token_ids` are theirs."""
         start = sequence.num_computed_tokens
-        stop = start + num_rows
-        samples = stop == len(sequence.token_ids)
-        sampling = sequence.request.sampling
+        samples = start + len(token_ids) == len(sequence.token_ids)
         drafter_reads = draft is not None and draft.needs_history
-        needs_history = drafter_reads or (samples and sampling.has_penalties)
+        needs_history = drafter_reads or (samples and sequence.has_penalties)
         return cls(
-            sequence_id=sequence.sequence_id,
-            token_ids=np.array(sequence.token_ids[start:stop], dtype=np.int64),
-            num_computed_tokens=start,
-            block_table=np.array(sequence.block_table, dtype=np.int64),
-            sampling=sampling if samples else None,
-            num_prompt_tokens=sequence.num_prompt_tokens,
-            history=np.array(sequence.token_ids, dtype=np.int64) if needs_history else None,
-            draft=draft,
+            sequence.sequence_id,
+            token_ids,
+            start,
+            sequence.table_array(),
+            sequence.request.sampling if samples else None,
+            sequence.num_prompt_tokens,
+            sequence.history() if needs_history else None,
+            draft,
         )
 
     @property
@@ -92,8 +95,8 @@ class ScheduledSequence:
     @property
     def is_decode_row(self) -> bool:
         """The sequence's last token, an output token: what a round verifies."""
-        one_row = self.sampling is not None and len(self.token_ids) == 1
-        return one_row and self.num_tokens > self.num_prompt_tokens
+        is_output = self.num_computed_tokens >= self.num_prompt_tokens
+        return is_output and self.sampling is not None and len(self.token_ids) == 1
 
     @property
     def num_tokens(self) -> int:
@@ -113,8 +116,7 @@ class Batch:
     released: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceResult:
+class SequenceResult(NamedTuple):
     """`token_ids`: accepted then recovered/bonus; empty for a chunk that samples nothing.
 
     The whole draft is in it because ranks are compared: two that drafted differently verified
@@ -130,7 +132,7 @@ class SequenceResult:
 
     @property
     def num_accepted_tokens(self) -> int:
-        return max(len(self.token_ids) - 1, 0)
+        return len(self.token_ids) - 1 if self.token_ids else 0
 
 
 @dataclass(frozen=True, slots=True)

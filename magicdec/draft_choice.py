@@ -54,32 +54,59 @@ def check_speculation(params: SpeculationParams, config: SpeculativeConfig) -> N
         )
 
 
-def choose_draft(
-    plan: Plan, request: Request, config: SpeculativeConfig, context_len: int
-) -> DraftChoice | None:
-    """The request's wish where it has one, the plan elsewhere; None where speculation is off.
+class DraftChoices:
+    """Of one step's plan: the request's wish where it has one, the plan elsewhere.
 
-    draft_length is 0 where the view would be too much of the context to pay.
+    Rows that are alike share a choice: most of a batch are.
     """
-    params = request.speculation
-    if not params.enabled:
-        return None
-    wished = params.drafter not in (None, AUTO)
-    drafter = params.drafter if wished and params.drafter is not None else plan.drafter
-    length = params.draft_length
-    if length is None:
-        length = plan.draft_length_of(request.request_id)
-    wish = plan.draft_budget if params.draft_budget is None else params.draft_budget
-    budget = int(wish)
-    if wish < 1:
-        steps = -(-int(wish * context_len) // _BUDGET_STEP)
-        budget = min(steps * _BUDGET_STEP, config.max_draft_budget)
-    budget = max(budget, config.least_draft_budget(length))
-    traits = TRAITS[drafter]
-    if traits.reads_view and min(budget, context_len) > config.max_view_share * context_len:
-        length = 0
-    needs_history = length > 0 and traits.needs_history
-    return DraftChoice(drafter, length, budget, needs_history, may_refresh=not plan.explores)
+
+    def __init__(self, plan: Plan, config: SpeculativeConfig) -> None:
+        self._plan = plan
+        self._config = config
+        self._made: dict[tuple[str, int, int, bool], DraftChoice] = {}
+
+    def choose(self, request: Request, context_len: int) -> DraftChoice | None:
+        """None where speculation is off.
+
+        draft_length is 0 where the view would be too much of the context to pay.
+        """
+        params, plan = request.speculation, self._plan
+        if not params.enabled:
+            return None
+        drafter, wish, length = params.drafter, params.draft_budget, params.draft_length
+        if drafter is None or drafter == AUTO:
+            drafter = plan.drafter
+        if wish is None:
+            wish = plan.draft_budget
+        if length is None:
+            length = plan.draft_length_of(request.request_id)
+        budget, traits = self._budget(wish, length, context_len), TRAITS[drafter]
+        most = self._config.max_view_share * context_len
+        if length == 0 or (traits.reads_view and min(budget, context_len) > most):
+            return self._make(drafter, 0, budget, False)
+        return self._make(drafter, length, budget, traits.needs_history)
+
+    def with_length(self, draft: DraftChoice, length: int) -> DraftChoice:
+        """The same drafter, which reads the same, with another number of tokens to draft."""
+        if length == draft.draft_length:
+            return draft
+        return self._make(draft.drafter, length, draft.draft_budget, draft.needs_history)
+
+    def _budget(self, wish: float, length: int, context_len: int) -> int:
+        budget = int(wish)
+        if wish < 1:
+            steps = -(-int(wish * context_len) // _BUDGET_STEP)
+            budget = min(steps * _BUDGET_STEP, self._config.max_draft_budget)
+        least = self._config.least_draft_budget(length)
+        return budget if budget > least else least
+
+    def _make(self, drafter: str, length: int, budget: int, needs_history: bool) -> DraftChoice:
+        key = (drafter, length, budget, needs_history)
+        made = self._made.get(key)
+        if made is None:
+            made = DraftChoice(*key, may_refresh=not self._plan.explores)
+            self._made[key] = made
+        return made
 
 
 def _refuse(field: str, reason: str) -> None:

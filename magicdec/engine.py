@@ -6,30 +6,28 @@ from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
+from magicdec.answer import Answer
 from magicdec.batch import Batch, StepResult
 from magicdec.config import ConfigError, EngineConfig
 from magicdec.control.round_policy import FixedPolicy, RoundPolicy
-from magicdec.detokenizer import Detokenizer
+from magicdec.detokenizer import TokenTexts
 from magicdec.draft_choice import check_speculation
 from magicdec.executor import Executor
 from magicdec.model_loader import ModelFacts
-from magicdec.round_tally import EngineCounts, RoundTally
+from magicdec.round_tally import EngineCounts, RoundTally, StepCounts
 from magicdec.scheduler import Scheduler
+from magicdec.sequence import Sequence
 from magicdec.stats import EngineLoad, EngineStats
 from magicdec.types import (
     FinishReason,
     Request,
     RequestError,
     RequestOutput,
-    Sequence,
 )
 
 
 class Engine:
-    """Continuous batching over an executor. Not thread-safe: one thread owns it.
-
-    Text and stop matching live here: the ranks see token ids only.
-    """
+    """Continuous batching over an executor. Not thread-safe: one thread owns it."""
 
     def __init__(
         self,
@@ -44,15 +42,14 @@ class Engine:
         self.stats = EngineStats()
         self._tally = RoundTally()
         self._executor = executor
-        self._tokenizer = tokenizer
+        self._texts = TokenTexts(tokenizer)
         self._facts = facts
         self._total_kv_tokens = executor.num_blocks * config.cache.block_size
         self.max_model_len = _resolve_max_model_len(config, facts, self._total_kv_tokens)
         self._scheduler = Scheduler(config, executor.num_blocks, self.max_model_len)
         self.policy: RoundPolicy = policy or FixedPolicy.of(config.speculation)
         self._arrivals = itertools.count()
-        self._sequences: dict[str, Sequence] = {}
-        self._detokenizers: dict[str, Detokenizer] = {}
+        self._answers: dict[str, Answer] = {}  # by request id
         self._finished_on_arrival: list[RequestOutput] = []
 
     def step(self) -> list[RequestOutput]:
@@ -65,33 +62,32 @@ class Engine:
             result = self._executor.execute(batch)
             outputs += self._update(batch, result)
             seconds = time.perf_counter() - started
-            self._tally.add(batch, result, plan, self.policy.forecast, seconds)
+            counts = self._tally.add(batch, result, plan, self.policy.forecast, seconds)
+            self._record(counts, result)
             self.policy.observe(batch, result, seconds)
         return outputs
 
     def add(self, request: Request) -> None:
         """Queues a request; its journal counts as output. Raises RequestError if it cannot fit."""
         self._check(request)
-        detokenizer = Detokenizer(self._tokenizer, request.sampling.stop)
         sequence = Sequence(request, next(self._arrivals), list(request.prompt_token_ids))
-        self._sequences[request.request_id] = sequence
-        self._detokenizers[request.request_id] = detokenizer
+        answer = Answer(sequence, self._texts, self._facts.eos_token_ids, self.max_model_len)
+        self._answers[request.request_id] = answer
         self._scheduler.add(sequence)
         reason = None
         for token_id in request.emitted_token_ids:
-            _, reason = self._append(sequence, token_id)
+            _, _, reason = answer.append((token_id,))
         if reason is not None:  # the replica died between the last token and its finish reason
             self._finished_on_arrival.append(self._finish(sequence, (), "", reason))
 
     def abort(self, request_id: str) -> None:
         """Drops a request and frees its blocks now; unknown ids are ignored (it just finished)."""
-        sequence = self._sequences.pop(request_id, None)
-        if sequence is not None:
-            self._scheduler.drop(sequence)
-            del self._detokenizers[request_id]
+        answer = self._answers.pop(request_id, None)
+        if answer is not None:
+            self._scheduler.drop(answer.sequence)
 
     def has_unfinished(self) -> bool:
-        return bool(self._sequences) or bool(self._finished_on_arrival)
+        return bool(self._answers) or bool(self._finished_on_arrival)
 
     def load(self) -> EngineLoad:
         return EngineLoad(
@@ -116,10 +112,9 @@ class Engine:
     def check_integrity(self) -> None:
         """Raises AssertionError when a block is lost or shared; meant for idle time and tests."""
         self._scheduler.check_integrity()
-        tracked = {id(s) for s in self._sequences.values()}
+        tracked = {id(answer.sequence) for answer in self._answers.values()}
         queued = [*self._scheduler.running, *self._scheduler.waiting]
         assert {id(s) for s in queued} == tracked, "a sequence is queued but not tracked"
-        assert self._sequences.keys() == self._detokenizers.keys()
 
     @property
     def attention_backend(self) -> str:
@@ -130,7 +125,7 @@ class Engine:
 
     def _check(self, request: Request) -> None:
         num_prompt, limit = len(request.prompt_token_ids), self.max_model_len
-        if request.request_id in self._sequences:
+        if request.request_id in self._answers:
             raise RequestError(f"request {request.request_id} is live already", param="request_id")
         if num_prompt == 0:
             raise RequestError("prompt must hold at least one token", param="prompt")
@@ -157,72 +152,40 @@ class Engine:
                 )
 
     def _update(self, batch: Batch, result: StepResult) -> list[RequestOutput]:
-        self._record(batch, result)
         outputs = []
         for sequence, emitted in self._scheduler.update(batch, result):
             if not emitted:
                 continue
-            kept: list[int] = []
-            pieces: list[str] = []
-            reason = None
-            for token_id in emitted:
-                piece, reason = self._append(sequence, token_id)
-                kept.append(token_id)
-                pieces.append(piece)
-                if reason is not None:
-                    break  # drafted past the stop: never happened
-            text = "".join(pieces)
+            request_id = sequence.request.request_id
+            num_kept, text, reason = self._answers[request_id].append(emitted)
             if reason is not None:
-                outputs.append(self._finish(sequence, tuple(kept), text, reason))
+                outputs.append(self._finish(sequence, emitted[:num_kept], text, reason))
             else:
                 self._scheduler.release_lookahead(sequence)
-                usage = sequence.usage()
-                outputs.append(RequestOutput(sequence.request.request_id, tuple(kept), text, usage))
+                outputs.append(RequestOutput(request_id, emitted, text, sequence.usage()))
         return outputs
-
-    def _append(self, sequence: Sequence, token_id: int) -> tuple[str, FinishReason | None]:
-        """Adds one output token; returns the text it releases and whether it ends the answer."""
-        sequence.token_ids.append(token_id)
-        sampling = sequence.request.sampling
-        detokenizer = self._detokenizers[sequence.request.request_id]
-        may_stop = sequence.num_output_tokens >= sampling.min_tokens
-        ends = token_id in self._facts.eos_token_ids and not sampling.ignore_eos
-        if may_stop and (ends or token_id in sampling.stop_token_ids):
-            return "", FinishReason.STOP  # the stop token itself is not text
-        text = detokenizer.append(token_id, may_stop)
-        if detokenizer.stopped:
-            return text, FinishReason.STOP
-        if sequence.num_output_tokens >= sampling.max_tokens:
-            return text, FinishReason.LENGTH
-        if len(sequence.token_ids) >= self.max_model_len:
-            return text, FinishReason.LENGTH
-        return text, None
 
     def _finish(
         self, sequence: Sequence, kept: tuple[int, ...], text: str, reason: FinishReason
     ) -> RequestOutput:
         request_id = sequence.request.request_id
         self._scheduler.finish(sequence)
-        del self._sequences[request_id]
-        text += self._detokenizers.pop(request_id).flush()
+        text += self._answers.pop(request_id).flush()
         return RequestOutput(request_id, kept, text, sequence.usage(), reason)
 
-    def _record(self, batch: Batch, result: StepResult) -> None:
+    def _record(self, counts: StepCounts, result: StepResult) -> None:
         stats = self.stats
         stats.num_steps += 1
-        stats.num_rounds += any(s.is_decode_row for s in batch.sequences)
+        stats.num_rounds += counts.num_decode_rows > 0
         stats.num_preemptions = self._scheduler.num_preemptions
         stats.num_prompt_tokens = self._scheduler.num_prompt_tokens
         stats.num_cached_tokens = self._scheduler.num_cached_tokens
         stats.draft_seconds += result.draft_seconds
         stats.verify_seconds += result.verify_seconds
-        for share, outcome in zip(batch.sequences, result.sequences, strict=True):
-            if share.is_decode_row:
-                stats.num_decode_rows += 1
-                stats.num_draft_tokens += outcome.num_draft_tokens
-                stats.num_accepted_tokens += outcome.num_accepted_tokens
-            else:
-                stats.num_prefill_tokens += len(share.token_ids)
+        stats.num_decode_rows += counts.num_decode_rows
+        stats.num_draft_tokens += counts.num_draft_tokens
+        stats.num_accepted_tokens += counts.num_accepted_tokens
+        stats.num_prefill_tokens += counts.num_prefill_tokens
 
 
 def _resolve_max_model_len(config: EngineConfig, facts: ModelFacts, pool_tokens: int) -> int:

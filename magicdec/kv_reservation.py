@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from magicdec.routing.traffic import OutputEstimate
-from magicdec.types import Sequence
+from magicdec.sequence import Sequence
 
 
 class KvReservation:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from magicdec.block_pool import BlockPool
-from magicdec.types import Sequence as ServedSequence
+from magicdec.sequence import Sequence as ServedSequence
 
 
 def cheapest_victim(

@@ -3,6 +3,17 @@
 from collections.abc import Sequence
 
 from magicdec.config import OBSERVATION_WINDOW
+from magicdec.sequence import Sequence as ServedSequence
+
+
+def prefill_chunks(
+    prefilling: Sequence[ServedSequence], num_rows: int
+) -> list[tuple[ServedSequence, int]]:
+    """Who prefills how many rows of a step that has so many for prompts."""
+    if not prefilling:
+        return []
+    shares = prefill_shares([s.num_uncomputed_tokens for s in prefilling], num_rows)
+    return [(s, share) for s, share in zip(prefilling, shares, strict=True) if share > 0]
 
 
 def prefill_shares(left: Sequence[int], num_rows: int) -> list[int]:
@@ -30,13 +41,14 @@ def prefill_shares(left: Sequence[int], num_rows: int) -> list[int]:
     return shares
 
 
-def rows_wanted(left: Sequence[int], num_rows: int) -> int:
+def rows_wanted(prefilling: Sequence[ServedSequence], num_rows: int) -> int:
     """Rows of such a step that these prompts have a use for; with fewer than there are, another
     prompt may begin. The oldest counts for its half at most: a short prompt need not wait for it.
     """
-    if not left:
+    if not prefilling:
         return 0
-    return min(left[0], num_rows // 2) + sum(left[1:])
+    oldest, *others = [s.num_uncomputed_tokens for s in prefilling]
+    return min(oldest, num_rows // 2) + sum(others)
 
 
 def _chunk(num_left: int, num_rows: int) -> int:

@@ -6,14 +6,13 @@ prefill or verify, and is never written again: rows are written at num_computed_
 """
 
 import hashlib
-from array import array
 from collections.abc import Iterable
 
 import numpy as np
 
 from magicdec.block_pool import BlockPool
 from magicdec.config import OBSERVATION_WINDOW
-from magicdec.types import Sequence
+from magicdec.sequence import Sequence
 
 _KEY_BYTES = 16
 
@@ -50,11 +49,14 @@ class PrefixCache:
         Called where token_ids are certain: num_computed_tokens runs ahead of them while a step's
         tokens are appended, and stays ahead when a stop cut an accepted draft.
         """
+        num_known = sequence.num_registered_blocks
+        if sequence.num_computed_tokens < (num_known + 1) * self._block_size or not self._enabled:
+            return  # in most rounds no block is filled
         num_full = self._num_full_blocks(sequence)
-        if not self._enabled or num_full <= sequence.num_registered_blocks:
+        if num_full <= num_known:
             return
         self._extend_hashes(sequence, num_full)
-        for i in range(sequence.num_registered_blocks, num_full):
+        for i in range(num_known, num_full):
             self._pool.register(sequence.block_table[i], sequence.block_hashes[i])
         sequence.num_registered_blocks = num_full
 
@@ -67,7 +69,7 @@ class PrefixCache:
         # A block without the ones before it is never found: a chain is evicted from its tail.
         for key in reversed(sequence.block_hashes[: sequence.num_registered_blocks]):
             self._pool.touch(key)
-        sequence.block_table = array("q")
+        sequence.hold_blocks(())
         sequence.num_registered_blocks = 0
 
     def check_integrity(self, running: Iterable[Sequence]) -> None:

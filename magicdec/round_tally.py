@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from magicdec.acceptance.prior import context_bucket
-from magicdec.batch import Batch, Plan, ScheduledSequence, SequenceResult, StepResult
+from magicdec.batch import Batch, Plan, StepResult
 from magicdec.control.step_bounds import BOUNDS
 from magicdec.stats import EngineLoad, EngineStats, KvBlocks, StepForecast
 
@@ -42,6 +42,16 @@ class RowKind(NamedTuple):
     num_accepted: int
 
 
+class StepCounts(NamedTuple):
+    """Of one step. Accepted and drafted tokens are its decode rows'."""
+
+    num_decode_rows: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    num_emitted_tokens: int  # of decode rows alone
+    num_prefill_tokens: int
+
+
 @dataclass(slots=True)
 class RoundTally:
     """Since it was made. Times in seconds; `predicted_...` are zero without a cost model."""
@@ -69,7 +79,7 @@ class RoundTally:
         plan: Plan,
         foresee: Callable[[], StepForecast | None],
         seconds: float,
-    ) -> None:
+    ) -> StepCounts:
         """One step that ran; `seconds` are those of all of it. What was foreseen of it is asked for
         here, so that its time counts as this one's."""
         started = time.perf_counter()
@@ -77,35 +87,44 @@ class RoundTally:
         self.step_seconds += seconds
         self.draft_seconds += result.draft_seconds
         self.verify_seconds += result.verify_seconds
-        num_rows = num_verify_rows = num_prefill_rows = num_tokens = 0
-        for share, outcome in zip(batch.sequences, result.sequences, strict=True):
-            num_emitted = len(outcome.token_ids)
-            self.num_emitted_tokens += num_emitted
-            if share.is_decode_row:
-                num_rows += 1
-                num_verify_rows += 1 + outcome.num_draft_tokens
-                num_tokens += num_emitted
-                self._add_row(share, outcome)
-            else:
-                num_prefill_rows += len(share.token_ids)
+        counts = self._add_rows(batch, result)
+        num_rows, num_prefill_rows = counts.num_decode_rows, counts.num_prefill_tokens
         if num_rows > 0:
             self.rounds[RoundKind.of(plan)] += 1
             if num_prefill_rows > 0:
+                num_verify_rows = num_rows + counts.num_draft_tokens
                 share_of_rows = num_prefill_rows / (num_prefill_rows + num_verify_rows)
                 self.stall_seconds += _stall(forecast, share_of_rows, seconds)
         if forecast is not None:
-            self._add_forecast(forecast, seconds, num_tokens / num_rows if num_rows else 1.0)
+            tokens_a_row = counts.num_emitted_tokens / num_rows if num_rows else 1.0
+            self._add_forecast(forecast, seconds, tokens_a_row)
         self.tally_seconds += time.perf_counter() - started
+        return counts
 
-    def _add_row(self, share: ScheduledSequence, outcome: SequenceResult) -> None:
-        num_drafted, num_tokens, draft = outcome.num_draft_tokens, share.num_tokens, share.draft
-        self.num_verify_positions += num_tokens
-        drafter = NO_DRAFTER
-        if num_drafted > 0 and draft is not None:
-            drafter = draft.drafter
-            self.num_draft_positions += num_drafted * min(draft.draft_budget, num_tokens)
-        bucket = context_bucket(num_tokens)
-        self.rows[RowKind(drafter, bucket, num_drafted, outcome.num_accepted_tokens)] += 1
+    def _add_rows(self, batch: Batch, result: StepResult) -> StepCounts:
+        kinds: list[tuple[str, int, int, int]] = []
+        drafted = accepted = emitted = num_prefill_rows = 0
+        for share, outcome in zip(batch.sequences, result.sequences, strict=True):
+            num_emitted = len(outcome.token_ids)
+            self.num_emitted_tokens += num_emitted
+            if not share.is_decode_row:
+                num_prefill_rows += len(share.token_ids)
+                continue
+            num_tokens, draft = share.num_computed_tokens + 1, share.draft
+            num_drafted, num_accepted = len(outcome.draft_token_ids), outcome.num_accepted_tokens
+            emitted += num_emitted
+            drafted += num_drafted
+            accepted += num_accepted
+            self.num_verify_positions += num_tokens
+            drafter = NO_DRAFTER
+            if num_drafted > 0 and draft is not None:
+                drafter = draft.drafter
+                self.num_draft_positions += num_drafted * min(draft.draft_budget, num_tokens)
+            # A bucket is a power of two: contexts of as many bits are in the same.
+            kinds.append((drafter, num_tokens.bit_length(), num_drafted, num_accepted))
+        for (drafter, bits, *numbers), count in Counter(kinds).items():
+            self.rows[RowKind(drafter, context_bucket((1 << bits) - 1), *numbers)] += count
+        return StepCounts(len(kinds), drafted, accepted, emitted, num_prefill_rows)
 
     def _add_forecast(self, forecast: StepForecast, seconds: float, tokens_a_row: float) -> None:
         self.foreseen_step_seconds += seconds

@@ -6,20 +6,21 @@ are that one rule. A prefix that is in the cache already is a num_computed_token
 """
 
 import itertools
-from array import array
 from collections import deque
 from dataclasses import replace
 
-from magicdec.batch import Batch, DraftChoice, Plan, ScheduledSequence, StepResult
+import numpy as np
+
+from magicdec.batch import Batch, Plan, ScheduledSequence, StepResult
 from magicdec.block_pool import BlockPool
 from magicdec.config import OBSERVATION_WINDOW, EngineConfig
 from magicdec.control.round_costs import RoundLoad
-from magicdec.draft_choice import choose_draft
+from magicdec.draft_choice import DraftChoices
 from magicdec.kv_reservation import KvReservation
 from magicdec.preemption import cheapest_victim
-from magicdec.prefill_shares import prefill_shares, rows_wanted
+from magicdec.prefill_shares import prefill_chunks, rows_wanted
 from magicdec.prefix_cache import PrefixCache
-from magicdec.types import Sequence, SequenceStatus
+from magicdec.sequence import Sequence, SequenceStatus
 
 
 class Scheduler:
@@ -43,6 +44,8 @@ class Scheduler:
         )
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # by arrival
+        self._decoding: list[Sequence] = []  # of these, as begin_step found them
+        self._prefilling: list[Sequence] = []  # the others
 
     @property
     def num_prefill_tokens(self) -> int:
@@ -59,46 +62,58 @@ class Scheduler:
         what the step has to do. Follow it with `schedule`."""
         for sequence in self.running:
             self._prefix_cache.register(sequence)
+        self._sort_running()
         self._make_room()
         num_rows = self._config.max_batch_tokens - len(self._decoding)
-        while self._num_wanted(num_rows) < num_rows and self._admit():
-            pass
-        chunks, decoding = self._chunks(num_rows), self._decoding
+        while self.waiting and rows_wanted(self._prefilling, num_rows) < num_rows:
+            if not self._admit():
+                break
+        chunks = prefill_chunks(self._prefilling, num_rows)
+        decoding, most = self._decoding, self._max_model_len
         return RoundLoad(
-            context_lens=tuple(len(s.token_ids) for s in decoding),
+            context_lens=tuple([len(s.token_ids) for s in decoding]),
             num_prefill_rows=sum(rows for _, rows in chunks),
-            prefill_products=float(
-                sum(rows * (s.num_computed_tokens + rows) for s, rows in chunks)
-            ),
-            request_keys=tuple(s.request.request_id for s in decoding),
-            draft_limits=tuple(s.draft_limit(self._max_model_len) for s in decoding),
+            prefill_products=float(sum(n * (s.num_computed_tokens + n) for s, n in chunks)),
+            request_keys=tuple([s.request.request_id for s in decoding]),
+            draft_limits=tuple([s.draft_limit(most) for s in decoding]),
         )
 
     def schedule(self, plan: Plan) -> Batch:
         """The decode rows that begin_step named, in that order, then prefill chunks with what is
         left of the token budget."""
-        self._scheduled = []
-        scheduled: list[ScheduledSequence] = []
-        budget = self._config.max_batch_tokens
-        decoding, prefilling = self._decoding, self._prefilling
+        decoding, budget = self._decoding, self._config.max_batch_tokens
+        choices = DraftChoices(plan, self._speculation)
         # Drafts leave a part of the budget to prompts, or a full batch would keep newcomers out.
-        reserve = max(budget // 4, OBSERVATION_WINDOW) if prefilling else 0
+        reserve = max(budget // 4, OBSERVATION_WINDOW) if self._prefilling else 0
+        last_ids = np.array([s.token_ids[-1] for s in decoding], dtype=np.int64)
+        scheduled: list[ScheduledSequence] = []
         for i, sequence in enumerate(decoding):
-            rows_left = budget - (len(decoding) - i - 1) - reserve
-            draft = self._choose(plan, sequence)
-            if draft is not None:
+            draft = choices.choose(sequence.request, len(sequence.token_ids))
+            if draft is not None and draft.draft_length > 0:
+                rows_left = budget - (len(decoding) - i - 1) - reserve
                 wanted = min(draft.draft_length, rows_left - 1)
-                draft = replace(draft, draft_length=self._reserve_lookahead(sequence, wanted))
-            scheduled.append(self._take(sequence, 1, draft))
-            budget -= 1 + scheduled[-1].draft_length
-        most = budget if plan.max_prefill_rows is None else min(budget, plan.max_prefill_rows)
-        prompt_plan = replace(plan, drafter=plan.prompt_drafter or plan.drafter)
-        for sequence, num_rows in self._chunks(most):
-            draft = self._choose(prompt_plan, sequence)
-            draft = None if draft is None else replace(draft, draft_length=0)
-            scheduled.append(self._take(sequence, num_rows, draft))
+                draft = choices.with_length(draft, self._reserve_lookahead(sequence, wanted))
+                budget -= draft.draft_length
+            budget -= 1
+            scheduled.append(ScheduledSequence.of(sequence, last_ids[i : i + 1], draft))
+        self._scheduled = decoding.copy()
+        if self._prefilling:
+            scheduled += self._schedule_chunks(plan, budget)
         released, self._released = tuple(self._released), []
         return Batch(tuple(scheduled), released)
+
+    def _schedule_chunks(self, plan: Plan, budget: int) -> list[ScheduledSequence]:
+        most = budget if plan.max_prefill_rows is None else min(budget, plan.max_prefill_rows)
+        prompt_plan = replace(plan, drafter=plan.prompt_drafter or plan.drafter)
+        choices = DraftChoices(prompt_plan, self._speculation)
+        scheduled = []
+        for sequence, num_rows in prefill_chunks(self._prefilling, most):
+            draft = choices.choose(sequence.request, len(sequence.token_ids))
+            draft = None if draft is None else choices.with_length(draft, 0)
+            rows = sequence.next_token_ids(num_rows)
+            scheduled.append(ScheduledSequence.of(sequence, rows, draft))
+            self._scheduled.append(sequence)
+        return scheduled
 
     def update(self, batch: Batch, result: StepResult) -> list[tuple[Sequence, tuple[int, ...]]]:
         """Moves every scheduled sequence forward; returns it with the tokens the step emitted.
@@ -110,13 +125,14 @@ class Scheduler:
             self._scheduled, batch.sequences, result.sequences, strict=True
         ):
             # A draft's last accepted token is computed; the recovered or bonus token is not.
-            sequence.num_computed_tokens += len(share.token_ids) + outcome.num_accepted_tokens
+            num_accepted = outcome.num_accepted_tokens
+            sequence.num_computed_tokens += len(share.token_ids) + num_accepted
             if share.is_decode_row:
-                if outcome.num_draft_tokens > 0 and share.draft is not None:
-                    sequence.drafter = share.draft.drafter
                 sequence.num_rounds += 1
                 sequence.num_draft_tokens += outcome.num_draft_tokens
-                sequence.num_accepted_tokens += outcome.num_accepted_tokens
+                sequence.num_accepted_tokens += num_accepted
+                if outcome.num_draft_tokens > 0 and share.draft is not None:
+                    sequence.drafter = share.draft.drafter
             emitted.append((sequence, outcome.token_ids))
         self._scheduled = []
         return emitted
@@ -124,8 +140,8 @@ class Scheduler:
     def release_lookahead(self, sequence: Sequence) -> None:
         """Gives back the blocks that a draft reserved and its accepted tokens did not reach."""
         needed = self._num_blocks(len(sequence.token_ids))
-        self.pool.free(sequence.block_table[needed:])
-        del sequence.block_table[needed:]
+        if needed < len(sequence.block_table):
+            self.pool.free(sequence.cut_blocks(needed))
 
     def finish(self, sequence: Sequence) -> None:
         """It has its answer, from whose length admission learns."""
@@ -152,58 +168,41 @@ class Scheduler:
         for sequence in self.waiting:
             assert not sequence.block_table and sequence.num_computed_tokens == 0
 
-    @property
-    def _decoding(self) -> list[Sequence]:
-        return [s for s in self.running if s.decodes]
-
-    @property
-    def _prefilling(self) -> list[Sequence]:
-        return [s for s in self.running if not s.decodes]
-
-    def _choose(self, plan: Plan, sequence: Sequence) -> DraftChoice | None:
-        return choose_draft(plan, sequence.request, self._speculation, len(sequence.token_ids))
-
-    def _take(
-        self, sequence: Sequence, num_rows: int, draft: DraftChoice | None
-    ) -> ScheduledSequence:
-        self._scheduled.append(sequence)
-        return ScheduledSequence.of(sequence, num_rows, draft)
+    def _sort_running(self) -> None:
+        self._decoding = [s for s in self.running if s.decodes]
+        self._prefilling = []
+        if len(self._decoding) < len(self.running):
+            self._prefilling = [s for s in self.running if not s.decodes]
 
     def _make_room(self) -> None:
         """A block for the next token of every decode row. Drafts come later and take what is free:
         nobody is preempted who would not be without them."""
-        while self._num_missing_blocks(decoding := self._decoding) > self.pool.num_free:
+        while len(short := self._short_of_a_block()) > self.pool.num_free:
             self._preempt(cheapest_victim(self.running, self.pool, self._block_size))
-        for sequence in decoding:
+            self._sort_running()
+        for sequence in short:
             self._extend(sequence, len(sequence.token_ids))
 
-    def _num_missing_blocks(self, sequences: list[Sequence]) -> int:
-        return sum(self._num_blocks(len(s.token_ids)) - len(s.block_table) for s in sequences)
+    def _short_of_a_block(self) -> list[Sequence]:
+        """Of one: all but the last of a round's tokens had their blocks before."""
+        size = self._block_size
+        return [s for s in self._decoding if len(s.token_ids) > size * len(s.block_table)]
 
     def _reserve_lookahead(self, sequence: Sequence, draft_length: int) -> int:
         """Blocks for a draft, which shrinks to what is free. Returns its length."""
-        num_tokens = len(sequence.token_ids)
-        held = len(sequence.block_table) + self.pool.num_free
-        room = held * self._block_size - num_tokens
-        useful = sequence.useful_draft_length(self._max_model_len)
-        length = max(min(draft_length, useful, room), 0)
-        self._extend(sequence, num_tokens + length)
+        num_tokens, held = len(sequence.token_ids), len(sequence.block_table)
+        length = max(min(draft_length, sequence.useful_draft_length(self._max_model_len)), 0)
+        if num_tokens + length > held * self._block_size:
+            room = (held + self.pool.num_free) * self._block_size - num_tokens
+            length = min(length, room)
+            self._extend(sequence, num_tokens + length)
         return length
 
     def _extend(self, sequence: Sequence, num_tokens: int) -> None:
         needed = self._num_blocks(num_tokens) - len(sequence.block_table)
         if needed > 0:
             last = sequence.block_table[-1]
-            sequence.block_table.extend(self.pool.allocate(needed, after=last))
-
-    def _num_wanted(self, num_rows: int) -> int:
-        return rows_wanted([s.num_uncomputed_tokens for s in self._prefilling], num_rows)
-
-    def _chunks(self, num_rows: int) -> list[tuple[Sequence, int]]:
-        """Who prefills how many rows of a step that has so many for prompts."""
-        prefilling = self._prefilling
-        shares = prefill_shares([s.num_uncomputed_tokens for s in prefilling], num_rows)
-        return [(s, share) for s, share in zip(prefilling, shares, strict=True) if share > 0]
+            sequence.add_blocks(self.pool.allocate(needed, after=last))
 
     def _admit(self) -> bool:
         """Moves the oldest waiting sequence to running, with blocks for all of its tokens: those
@@ -212,7 +211,7 @@ class Scheduler:
         Its expected answer has room beside the rest of the others': a newcomer that makes somebody
         be preempted costs more than it gains. Alone it always fits.
         """
-        if not self.waiting or len(self.running) >= self._config.max_num_seqs:
+        if len(self.running) >= self._config.max_num_seqs:
             return False
         sequence = self.waiting[0]
         cached = self._prefix_cache.match(sequence)
@@ -225,7 +224,7 @@ class Scheduler:
         self.waiting.popleft()
         self.pool.share(cached)
         after = cached[-1] if cached else None
-        sequence.block_table = array("q", cached + self.pool.allocate(needed - len(cached), after))
+        sequence.hold_blocks(cached + self.pool.allocate(needed - len(cached), after))
         sequence.num_computed_tokens = len(cached) * self._block_size
         sequence.num_registered_blocks = len(cached)
         self._count_cached(sequence)
@@ -233,6 +232,7 @@ class Scheduler:
         sequence.sequence_id = next(self._sequence_ids)
         self.running.append(sequence)
         self.running.sort(key=lambda s: s.arrival)
+        self._sort_running()
         return True
 
     def _preempt(self, sequence: Sequence) -> None:

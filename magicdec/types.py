@@ -1,11 +1,11 @@
-"""The nouns of a request: what a client asks, a sequence being served, what comes back.
+"""The nouns of a request: what a client asks, and what comes back.
 
 Imports nothing of ours and no torch, so that a stateless ingress can use it.
 """
 
-from array import array
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 MAX_STOP_STRINGS = 16
 MAX_SEED = 2**64 - 1
@@ -140,20 +140,13 @@ class Request:
     speculation: SpeculationParams = field(default_factory=SpeculationParams)
 
 
-class SequenceStatus(Enum):
-    WAITING = "waiting"  # holds no block
-    RUNNING = "running"
-    FINISHED = "finished"  # holds no block
-
-
 class FinishReason(Enum):
     STOP = "stop"  # EOS, a stop id or a stop string
     LENGTH = "length"  # max_tokens, or the end of the context
     ABORT = "abort"
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(NamedTuple):
     """Token counts of one request up to now.
 
     A round is one verify pass over a decode row, with or without a draft; the first token comes
@@ -176,8 +169,7 @@ class Usage:
         return 1.0 + self.num_accepted_tokens / self.num_rounds
 
 
-@dataclass(frozen=True, slots=True)
-class RequestOutput:
+class RequestOutput(NamedTuple):
     """What one step added to one request. `text` may lag `token_ids` by a held-back stop prefix."""
 
     request_id: str
@@ -185,72 +177,3 @@ class RequestOutput:
     text: str
     usage: Usage
     finish_reason: FinishReason | None = None
-
-
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """A request being served: its tokens, its place in the KV pool, its counters.
-
-        token_ids   |<---- prompt ---->|<---- output ---->|
-        KV          |<-- num_computed_tokens -->|  still to be computed: 1 for a decode row
-
-    Blocks in `block_table` cover at least the computed tokens; a preempted sequence has none and
-    num_computed_tokens 0, so resuming, preemption and chunked prefill are one path. Other
-    sequences may hold blocks below num_computed_tokens too (prefix_cache.py).
-    """
-
-    request: Request
-    arrival: int  # admission order; the oldest is never preempted
-    token_ids: list[int]
-    sequence_id: int = 0  # of this stay in the running set
-    num_computed_tokens: int = 0
-    # An array: a long one becomes numpy's each round.
-    block_table: "array[int]" = field(default_factory=lambda: array("q"))
-    block_hashes: list[bytes] = field(default_factory=list)  # of its first full blocks
-    num_registered_blocks: int = 0  # of block_table, known to the prefix cache
-    num_cached_tokens: int | None = None  # of the prompt, found when it was first admitted
-    status: SequenceStatus = SequenceStatus.WAITING
-    num_rounds: int = 0
-    num_draft_tokens: int = 0
-    num_accepted_tokens: int = 0
-    drafter: str | None = None  # who drafted for it last
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.request.prompt_token_ids)
-
-    @property
-    def num_output_tokens(self) -> int:
-        return len(self.token_ids) - self.num_prompt_tokens
-
-    @property
-    def num_uncomputed_tokens(self) -> int:
-        return len(self.token_ids) - self.num_computed_tokens
-
-    @property
-    def decodes(self) -> bool:
-        """Its last token, an output token, is all that is not computed."""
-        num_tokens = len(self.token_ids)
-        return num_tokens - self.num_computed_tokens == 1 and num_tokens > self.num_prompt_tokens
-
-    def useful_draft_length(self, max_model_len: int) -> int:
-        """Tokens past the end of the request or of the context would be thrown away."""
-        left = self.request.sampling.max_tokens - self.num_output_tokens
-        return max(min(left, max_model_len - len(self.token_ids)) - 1, 0)
-
-    def draft_limit(self, max_model_len: int) -> int:
-        """The same for a plan; 0 where the request has a wish of its own, and goes by that."""
-        if not self.request.speculation.leaves_all:
-            return 0
-        return self.useful_draft_length(max_model_len)
-
-    def usage(self) -> Usage:
-        return Usage(
-            prompt_tokens=self.num_prompt_tokens,
-            completion_tokens=self.num_output_tokens,
-            cached_tokens=self.num_cached_tokens or 0,
-            num_rounds=self.num_rounds,
-            num_draft_tokens=self.num_draft_tokens,
-            num_accepted_tokens=self.num_accepted_tokens,
-            drafter=self.drafter,
-        )

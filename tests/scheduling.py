@@ -7,7 +7,8 @@ from random import Random
 from magicdec.batch import Batch, Plan, ScheduledSequence, SequenceResult, StepResult
 from magicdec.config import OBSERVATION_WINDOW, EngineConfig
 from magicdec.scheduler import Scheduler
-from magicdec.types import Request, Sequence
+from magicdec.sequence import Sequence
+from magicdec.types import Request
 
 NUM_IDS = 5  # few, so that drafts and prompts often agree
 _MASK = 2**61 - 1

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,8 +15,7 @@ _MOST_EXAMINED = 1e9  # of one cell, all replicas together
 _LEAST_COUNT = 1e-3  # what is seen less is left out of a snapshot
 
 
-@dataclass(frozen=True, slots=True)
-class Observation:
+class Observation(NamedTuple):
     """One decode row's round.
 
     `draft_length` is what the drafter was asked for, where that is known: one that proposed less
@@ -41,14 +41,15 @@ class Observation:
 
     def is_possible(self, axes: AcceptanceAxes) -> bool:
         """Whether such a row can be. NaN fails every comparison."""
-        drafted, accepted = self.num_draft_tokens, self.num_accepted_tokens
-        counts = (self.context_len, accepted, drafted, self.num_asked)
+        context_len, drafted = self.context_len, self.num_draft_tokens
+        accepted, asked = self.num_accepted_tokens, self.num_asked
         return (
             self.drafter in axes.drafters
             and 0 < self.draft_budget < math.inf
-            and 1 <= self.context_len <= _LONGEST_CONTEXT
-            and 0 <= accepted <= drafted <= self.num_asked <= MAX_DRAFT_LENGTH
-            and all(count == int(count) for count in counts)
+            and 1 <= context_len <= _LONGEST_CONTEXT
+            and 0 <= accepted <= drafted <= asked <= MAX_DRAFT_LENGTH
+            and context_len == int(context_len)
+            and (accepted, drafted, asked) == (int(accepted), int(drafted), int(asked))
         )
 
 

@@ -115,17 +115,12 @@ class DraftController:
         if not outcomes:
             return
         keys = load.request_keys or ("",) * len(outcomes)
+        drafter, draft_budget = choice.plan.drafter, choice.plan.draft_budget
         self._unlearnt += [
-            Observation(
-                choice.plan.drafter,
-                choice.plan.draft_budget,
-                context_len,
-                outcome.num_draft_tokens,
-                outcome.num_accepted_tokens,
-                key or None,
-                outcome.draft_length,
+            Observation(drafter, draft_budget, context_len, drafted, accepted, key or None, asked)
+            for context_len, key, (drafted, accepted, asked) in zip(
+                load.context_lens, keys, outcomes, strict=True
             )
-            for context_len, key, outcome in zip(load.context_lens, keys, outcomes, strict=True)
         ]
         self._num_unlearnt += 1
         if self._num_left <= 1:  # the next round is decided anew

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from magicdec.batch import Plan
 from magicdec.config import MAX_DRAFT_LENGTH
@@ -45,8 +46,7 @@ class RoundChoice:
         return max(1, min(rounds, _MOST_STAND))
 
 
-@dataclass(frozen=True, slots=True)
-class RowOutcome:
+class RowOutcome(NamedTuple):
     """What became of one decode row, as the plan had it.
 
     `draft_length` is what its drafter was asked for; None: as many as it proposed. A row that went

@@ -164,9 +164,11 @@ class AdaptivePolicy:
         for (share, outcome), key, limit in zip(
             rows, load.request_keys, load.draft_limits, strict=True
         ):
-            follows = limit > 0
-            outcomes.append(_outcome(share, outcome) if follows else RowOutcome(0, 0))
-            if not follows and share.draft is not None and share.draft_length > 0:
+            if limit > 0:
+                outcomes.append(_outcome(share, outcome))
+                continue
+            outcomes.append(RowOutcome(0, 0))
+            if share.draft is not None and share.draft.draft_length > 0:
                 self._observe_wish(share.draft, share.num_tokens, outcome, key)
         # The prefill's part of the time is as it was predicted, and so is the rest of it.
         prefill = self.costs.prefill_seconds(load)

@@ -9,11 +9,12 @@ from tokenizers import Tokenizer, decoders, models
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
-from magicdec.detokenizer import Detokenizer
+from magicdec.detokenizer import Detokenizer, TokenTexts
 from magicdec.model_loader import load_tokenizer
 from tests.conftest import EOS, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
+TEXTS = TokenTexts(TOKENIZER)
 
 
 def feed(detokenizer: Detokenizer, text: str) -> list[str]:
@@ -30,8 +31,17 @@ def feed(detokenizer: Detokenizer, text: str) -> list[str]:
 @settings(deadline=None)
 @given(text=st.text(alphabet="abcdé漢🙂 ", max_size=30))
 def test_without_stop_strings_the_pieces_add_up_to_the_text(text: str) -> None:
-    detokenizer = Detokenizer(TOKENIZER, ())
+    detokenizer = Detokenizer(TEXTS, ())
     assert "".join(feed(detokenizer, text)) + detokenizer.flush() == text
+
+
+@settings(deadline=None)
+@given(text=st.text(alphabet="abcdé漢🙂 \N{REPLACEMENT CHARACTER}", max_size=30))
+def test_each_token_releases_what_a_stream_over_all_of_them_does(text: str) -> None:
+    stream, detokenizer = DecodeStream(skip_special_tokens=True), Detokenizer(TEXTS, ())
+    for token_id in TOKENIZER(text)["input_ids"]:
+        expected = stream.step(TOKENIZER.backend_tokenizer, token_id) or ""
+        assert detokenizer.append(token_id, may_stop=True) == expected
 
 
 @settings(deadline=None)
@@ -40,7 +50,7 @@ def test_without_stop_strings_the_pieces_add_up_to_the_text(text: str) -> None:
     stop=st.lists(st.text(alphabet="ab", min_size=1, max_size=4), min_size=1, max_size=3),
 )
 def test_the_text_ends_before_the_first_stop_string(text: str, stop: list[str]) -> None:
-    detokenizer = Detokenizer(TOKENIZER, tuple(stop))
+    detokenizer = Detokenizer(TEXTS, tuple(stop))
     released = "".join(feed(detokenizer, text)) + detokenizer.flush()
     ends = [text.find(s) + len(s) for s in stop if s in text]
     if not ends:
@@ -63,7 +73,7 @@ def test_special_tokens_are_no_text_wherever_they_stand(text: str, places: list[
     ids = list(TOKENIZER(text)["input_ids"])
     for place in places:
         ids.insert(min(place, len(ids)), EOS)
-    detokenizer = Detokenizer(TOKENIZER, ())
+    detokenizer = Detokenizer(TEXTS, ())
     pieces = [detokenizer.append(token_id, may_stop=True) for token_id in ids]
     assert "".join(pieces) + detokenizer.flush() == text
 
@@ -82,20 +92,20 @@ def test_a_run_of_special_tokens_is_not_decoded_at_each_of_them(
             return self._stream.step(tokenizer, token_id)
 
     monkeypatch.setattr("magicdec.detokenizer.DecodeStream", Counting)
-    detokenizer = Detokenizer(TOKENIZER, ())
-    (letter,) = TOKENIZER("a")["input_ids"]
-    text = "".join(detokenizer.append(i, may_stop=True) for i in [EOS] * 50 + [letter])
-    assert (text, steps) == ("a", [letter])
+    detokenizer = Detokenizer(TEXTS, ())
+    letter = TOKENIZER("é")["input_ids"]
+    text = "".join(detokenizer.append(i, may_stop=True) for i in [EOS] * 50 + letter)
+    assert (text, steps) == ("é", letter)
 
 
 def test_a_possible_beginning_of_a_stop_string_is_held_back_until_it_is_none() -> None:
-    detokenizer = Detokenizer(TOKENIZER, ("abc",))
+    detokenizer = Detokenizer(TEXTS, ("abc",))
     assert feed(detokenizer, "xab") == ["x", "", ""]
     assert feed(detokenizer, "d") == ["abd"]
 
 
 def test_a_character_cut_in_half_is_shown_as_unknown_at_the_end() -> None:
-    detokenizer = Detokenizer(TOKENIZER, ())
+    detokenizer = Detokenizer(TEXTS, ())
     ids = TOKENIZER("é")["input_ids"]
     assert isinstance(ids, list)
     assert detokenizer.append(ids[0], may_stop=True) == ""
@@ -109,7 +119,7 @@ def test_bytes_that_begin_no_character_do_not_end_the_stream() -> None:
     backend.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
-    detokenizer = Detokenizer(PreTrainedTokenizerFast(tokenizer_object=backend), ())
+    detokenizer = Detokenizer(TokenTexts(PreTrainedTokenizerFast(tokenizer_object=backend)), ())
     text = "".join(detokenizer.append(i, may_stop=True) for i in (2, 1, 3, 1, 1, 2, 3))
     assert (text + detokenizer.flush()).count("word") == 2
     assert "\N{REPLACEMENT CHARACTER}" in text
@@ -117,7 +127,7 @@ def test_bytes_that_begin_no_character_do_not_end_the_stream() -> None:
 
 @pytest.mark.parametrize("may_stop", [True, False])
 def test_stop_strings_wait_for_min_tokens(may_stop: bool) -> None:
-    detokenizer = Detokenizer(TOKENIZER, ("a",))
+    detokenizer = Detokenizer(TEXTS, ("a",))
     ids = TOKENIZER("a")["input_ids"]
     assert isinstance(ids, list)
     detokenizer.append(ids[0], may_stop)
@@ -125,6 +135,6 @@ def test_stop_strings_wait_for_min_tokens(may_stop: bool) -> None:
 
 
 def test_special_tokens_are_not_text(tiny_model_dir: Path) -> None:
-    detokenizer = Detokenizer(load_tokenizer(str(tiny_model_dir)), ())
+    detokenizer = Detokenizer(TokenTexts(load_tokenizer(str(tiny_model_dir))), ())
     assert detokenizer.append(EOS, may_stop=True) == ""
     assert detokenizer.flush() == ""

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from magicdec.engine import Engine
 from magicdec.kv_cache import PagedKVCache
-from magicdec.types import Sequence
+from magicdec.sequence import Sequence
 from tests.conftest import EngineFactory, engine_config
 from tests.generation import random_prompts, requests_of, run, token_ids
 from tests.magicdec.test_speculation import SAMPLINGS, plain_tokens

@@ -1,6 +1,5 @@
 """Prompts that begin alike share blocks, and nobody's tokens change by it."""
 
-from array import array
 from collections.abc import Callable
 from collections.abc import Sequence as Tokens
 from dataclasses import replace
@@ -15,7 +14,8 @@ from magicdec.engine import Engine
 from magicdec.executor import LocalExecutor
 from magicdec.model_loader import load_tokenizer, read_model_facts
 from magicdec.prefix_cache import PrefixCache
-from magicdec.types import Request, SamplingParams, Sequence, Usage
+from magicdec.sequence import Sequence
+from magicdec.types import Request, SamplingParams, Usage
 from tests.conftest import EngineFactory, engine_config
 from tests.generation import random_prompts, run, run_short_answers, token_ids
 
@@ -218,7 +218,7 @@ def test_a_stop_within_an_accepted_draft_leaves_only_right_blocks(
 def filled(cache: PrefixCache, pool: BlockPool, tokens: list[int]) -> Sequence:
     """A running sequence, all of its tokens computed."""
     sequence = Sequence(Request("r", (0,)), 0, list(tokens))
-    sequence.block_table = array("q", pool.allocate(-(-len(tokens) // BLOCK_SIZE)))
+    sequence.hold_blocks(pool.allocate(-(-len(tokens) // BLOCK_SIZE)))
     sequence.num_computed_tokens = len(tokens)
     return sequence
 

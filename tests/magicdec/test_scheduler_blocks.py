@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from magicdec.batch import Plan
 from magicdec.config import EngineConfig
 from magicdec.scheduler import Scheduler
-from magicdec.types import Request, SamplingParams, Sequence, SpeculationParams
+from magicdec.sequence import Sequence
+from magicdec.types import Request, SamplingParams, SpeculationParams
 from tests.conftest import engine_config
 from tests.scheduling import SimulatedRank
 

@@ -4,7 +4,6 @@ Seeds are fixed; a false-alarm rate is the share of seeds under which a right mo
 """
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -160,7 +159,7 @@ def test_a_drafter_that_proposes_less_than_asked_failed_there() -> None:
     none = Observation("ngram", 256, CONTEXT, 0, 0, draft_length=4)
     for _ in range(30):
         asked.observe_round([short, none])
-        unknown.observe_round([replace(short, draft_length=None), replace(none, draft_length=None)])
+        unknown.observe_round([short._replace(draft_length=None), none._replace(draft_length=None)])
     survival = asked.survival([CONTEXT], [])[0, AXES.setting("ngram", 256, CONTEXT)]
     assert survival[0] == pytest.approx(0.5, abs=0.1)
     assert survival[1] < 0.15

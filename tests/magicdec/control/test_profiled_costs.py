@@ -182,7 +182,7 @@ def test_rounds_without_a_chunk_settle_whether_the_machine_or_its_prefill_is_slo
     costs, rows = round_costs(), decode("ngram", 0)
     long = Probe(1, 3000, num_rows=400)
     chunk = POOL.batch(long, [99], GREEDY)
-    mixed = Batch((rows.sequences[0], replace(chunk.sequences[0], block_table=np.arange(60, 120))))
+    mixed = Batch((rows.sequences[0], chunk.sequences[0]._replace(block_table=np.arange(60, 120))))
     for _ in range(20):
         run(costs, mixed, slower=1.4)
     beside = RoundLoad((3000,), 400, 400 * 3400.0)
