@@ -14,6 +14,7 @@ from magicdec.draft_attention import DraftAttention
 from magicdec.draft_views import DraftViews
 from magicdec.graphs.capture import Capturer
 from magicdec.graphs.draft_graphs import MAX_STEPS, DraftGraphs, StaticDraftStep
+from magicdec.graphs.draft_inputs import DraftInputs
 from magicdec.graphs.view_inputs import ViewInputs
 from magicdec.kernels.dispatch import triton_backend
 from magicdec.kernels.gumbel import Winners
@@ -109,7 +110,9 @@ def test_ranks_that_share_a_vocabulary_choose_what_one_rank_does() -> None:
         cache, _ = made_up(model)
         step = graphs_of(model, cache, vocabulary).static_step(bucket=4, width=256)
         mine = logits[:, vocabulary.start : vocabulary.stop]
-        step.inputs.write([0] * 3, list(CONTEXT_LENS), [90] * 3, rows)
+        staging = DraftInputs(torch.empty(DraftInputs.num_words(4), dtype=torch.int64))
+        staging.write([0] * 3, list(CONTEXT_LENS), [90] * 3, rows)
+        step.inputs.words.copy_(staging.words)
 
         def choose(scores: torch.Tensor, keys: torch.Tensor, first_entry: int = 0) -> Winners:
             with one_at_a_time:  # triton's interpreter knows no threads
