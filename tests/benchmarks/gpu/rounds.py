@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel
 from tokenizers.models import WordLevel
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
@@ -103,8 +104,10 @@ def _engine(
 
 
 def _tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    words = WordLevel({f"w{i}": i for i in range(vocab_size)}, unk_token="w0")
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words))
+    """Its tokens are words of bytes, as those of the models that these shapes are of."""
+    tokenizer = Tokenizer(WordLevel({f"w{i}": i for i in range(vocab_size)}, unk_token="w0"))
+    tokenizer.decoder = ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 def _rounds(engine: Engine, draft: tuple[int, int], num_rounds: int) -> tuple[float, float]:
