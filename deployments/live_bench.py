@@ -3,7 +3,7 @@
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from magicdec.batch import Batch, Plan, StepResult
 from magicdec.control.policy_snapshot import PolicySnapshot
@@ -21,7 +21,8 @@ _SPARE_TOKENS = 64
 
 @dataclass
 class Watched:
-    """A policy, and what it chose last."""
+    """A policy, and what it chose last. None of its plans stands: the next round is another's, to
+    whose time a step begun ahead would go."""
 
     policy: RoundPolicy
     label: str = ""
@@ -32,7 +33,7 @@ class Watched:
         self.label = name if plan.draft_length else PLAIN
         if isinstance(self.policy, AdaptivePolicy) and self.policy.chosen.explores:
             self.label += TRIAL
-        return plan
+        return replace(plan, stands=False)
 
     def forecast(self) -> StepForecast | None:
         return self.policy.forecast()

@@ -6,7 +6,7 @@ ones the host may learn later.
                            they come to the host with what it chose, in one copy
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from magicdec.kernels.gumbel import Winners, check_chosen
+from magicdec.kernels.transfer import Arriving
 from magicdec.sampler import Proposal
 
 
@@ -114,16 +115,23 @@ def resolve(token_ids: torch.Tensor, chosen: torch.Tensor) -> None:
     token_ids.copy_(torch.where(token_ids < 0, found.to(token_ids.dtype), token_ids))
 
 
-def fetch(winners: Winners, drafts: Sequence[Draft]) -> list[int]:
-    """winners.token_ids(), and in the same copy the drafts that are on the device.
+def fetch(
+    winners: Winners,
+    drafts: Sequence[Draft],
+    meanwhile: Callable[[torch.Tensor], None] | None = None,
+) -> list[int]:
+    """winners.token_ids(), and in the same copy the drafts that are on the device. `meanwhile` is
+    given the choices there, before the host waits: what it launches is not waited for.
 
     Raises ValueError for scores that hold a NaN, of drafts and winners.
     """
-    tokens = _device_tokens(drafts)
-    if tokens is None:
-        return winners.token_ids()
-    chosen = winners.chosen()
-    both: list[int] = torch.cat([chosen, tokens.chosen.flatten()]).tolist()
-    tokens.arrive(both[len(chosen) :])
-    check_chosen(both[: len(chosen)])
-    return both[: len(chosen)]
+    tokens, chosen = _device_tokens(drafts), winners.chosen()
+    both = chosen if tokens is None else torch.cat([chosen, tokens.chosen.flatten()])
+    arriving = Arriving(both)
+    if meanwhile is not None:
+        meanwhile(chosen)
+    arrived = arriving.wait()
+    if tokens is not None:
+        tokens.arrive(arrived[len(chosen) :])
+    check_chosen(arrived[: len(chosen)])
+    return arrived[: len(chosen)]

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -208,11 +209,14 @@ class ModelRunner:
         watched = [drafter.watch(batch.sequences, step.layout) for drafter in self._each_drafter()]
         observers = [observer for observer in watched if observer is not None]
         assert self._target_forward is not None, "allocate_cache comes before the first step"
-        logits = self._target_forward(step, observers)
+        forward = self._target_forward
+        logits = forward(step, observers)
         emitted: list[tuple[int, ...]] = [() for _ in batch.sequences]
         sampled = step.sampled()
         if sampled:
-            chosen = self._rule.verify(logits, step.choices(), [drafts[i] for i in sampled])
+            own = [drafts[i] for i in sampled]
+            meanwhile = partial(forward.begin_next, step) if batch.goes_on else None
+            chosen = self._rule.verify(logits, step.choices(), own, meanwhile)
             for i, tokens in zip(sampled, chosen, strict=True):
                 emitted[i] = tokens
         return emitted, sum(observer.num_sequences for observer in observers)

@@ -87,6 +87,7 @@ class Scheduler:
         reserve = max(budget // 4, OBSERVATION_WINDOW) if self._prefilling else 0
         last_ids = np.array([s.token_ids[-1] for s in decoding], dtype=np.int64)
         scheduled: list[ScheduledSequence] = []
+        goes_on = plan.stands and not self._prefilling and bool(decoding)
         for i, sequence in enumerate(decoding):
             draft = choices.choose(sequence.request, len(sequence.token_ids))
             if draft is not None and draft.draft_length > 0:
@@ -94,13 +95,14 @@ class Scheduler:
                 wanted = min(draft.draft_length, rows_left - 1)
                 draft = choices.with_length(draft, self._reserve_lookahead(sequence, wanted))
                 budget -= draft.draft_length
-            budget -= 1
+                goes_on = False
+            budget, goes_on = budget - 1, goes_on and self._reserve_lookahead(sequence, 1) == 1
             scheduled.append(ScheduledSequence.of(sequence, last_ids[i : i + 1], draft))
         self._scheduled = decoding.copy()
         if self._prefilling:
             scheduled += self._schedule_chunks(plan, budget)
         released, self._released = tuple(self._released), []
-        return Batch(tuple(scheduled), released)
+        return Batch(tuple(scheduled), released, goes_on)
 
     def _schedule_chunks(self, plan: Plan, budget: int) -> list[ScheduledSequence]:
         most = budget if plan.max_prefill_rows is None else min(budget, plan.max_prefill_rows)
@@ -158,8 +160,7 @@ class Scheduler:
         sequence.status = SequenceStatus.FINISHED
 
     def check_integrity(self) -> None:
-        """Raises AssertionError when a block is lost, wrongly shared or held by a sequence not
-        running."""
+        """Raises AssertionError: a block is lost, wrongly shared, or held by who does not run."""
         self.pool.check_integrity(s.block_table for s in self.running)
         self._prefix_cache.check_integrity(self.running)
         for sequence in self.running:
@@ -201,8 +202,7 @@ class Scheduler:
     def _extend(self, sequence: Sequence, num_tokens: int) -> None:
         needed = self._num_blocks(num_tokens) - len(sequence.block_table)
         if needed > 0:
-            last = sequence.block_table[-1]
-            sequence.add_blocks(self.pool.allocate(needed, after=last))
+            sequence.add_blocks(self.pool.allocate(needed, after=sequence.block_table[-1]))
 
     def _admit(self) -> bool:
         """Moves the oldest waiting sequence to running, with blocks for all of its tokens: those

@@ -22,6 +22,7 @@ from magicdec.drafts import Draft, references_of, token_ids_of, tokens_on_device
 from magicdec.graphs.capture import KeptForward
 from magicdec.graphs.forward_graphs import ForwardGraphs
 from magicdec.graphs.forward_inputs import MOST_ROWS
+from magicdec.graphs.next_step import NextStep
 from magicdec.kernels.dispatch import AttentionBackend
 from magicdec.kernels.paged_layout import PagedLayout
 from magicdec.kernels.transfer import send
@@ -106,21 +107,29 @@ class TargetForward:
         self._cache = cache
         self._backend = backend
         self._graphs = graphs
+        self._next: NextStep | None = None  # launched while the host waited for the step before
+
+    def begin_next(self, step: StepRows, chosen: torch.Tensor) -> None:
+        """Launches the step after this one of plain decode rows, whose choices the device has."""
+        graphs, size = self._graphs, step.layout.block_size
+        if graphs is not None:
+            self._next = NextStep.launch(graphs, step.sequences, chosen, size)
 
     def __call__(self, step: StepRows, observers: Sequence[AttentionObserver]) -> torch.Tensor:
         """Logits of step.choices(), [num_choices, vocab_size]; the rows' K/V are in the pages then,
         and the observers have seen their sequences' attention."""
         query_lens = step.layout.query_lens
+        begun, self._next = self._next, None
         if self._graphs is None or min(query_lens) > MOST_ROWS:
             return self._launched(step, observers)
         if max(query_lens) <= MOST_ROWS:
-            return self._replayed(step, observers, self._graphs)
+            return self._replayed(step, observers, self._graphs, begun)
         is_short = np.array(query_lens) <= MOST_ROWS
         parts = [np.flatnonzero(~is_short).tolist(), np.flatnonzero(is_short).tolist()]
         chunks, others = (step.of_these(part) for part in parts)
         # In this order the chunks are launched while the replay still runs.
         logits = [
-            self._replayed(others, _over(observers, parts[1], others), self._graphs),
+            self._replayed(others, _over(observers, parts[1], others), self._graphs, begun),
             self._launched(chunks, _over(observers, parts[0], chunks)),
         ]
         order = [parts[1][i] for i in others.sampled()] + [parts[0][i] for i in chunks.sampled()]
@@ -135,8 +144,15 @@ class TargetForward:
         return logits
 
     def _replayed(
-        self, step: StepRows, observers: Sequence[AttentionObserver], graphs: ForwardGraphs
+        self,
+        step: StepRows,
+        observers: Sequence[AttentionObserver],
+        graphs: ForwardGraphs,
+        begun: NextStep | None,
     ) -> torch.Tensor:
+        rows = None if begun is None else begun.rows_of(step.sequences, step.drafts)
+        if begun is not None and rows is not None:
+            return begun.take(rows, observers)
         token_ids, drafted = step.token_ids(references_of), tokens_on_device(step.drafts)
         return graphs.forward(step.layout, token_ids, step.keep(), observers, drafted)
 

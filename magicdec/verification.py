@@ -10,7 +10,7 @@ Optimal coupling: rejection sampling of a draft whose law is known. It accepts m
 target's law but not the sample.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Protocol
 
@@ -22,6 +22,8 @@ from magicdec.drafts import Draft, fetch, token_ids_of
 from magicdec.kernels.gumbel import Role
 from magicdec.sampler import Proposal, Sampler, SamplerRow
 from magicdec.vocabulary import Vocabulary
+
+Meanwhile = Callable[[torch.Tensor], None]
 
 
 class VerificationRule(Protocol):
@@ -40,10 +42,13 @@ class VerificationRule(Protocol):
         logits: torch.Tensor,  # [num_rows, vocab_size] of the target
         rows: list[SamplerRow],
         drafts: Sequence[Draft],
+        meanwhile: Meanwhile | None = None,
     ) -> list[tuple[int, ...]]:
         """The tokens each round emits: accepted drafts, then the recovered or bonus token.
 
-        Every draft has one row more than tokens; rows of all drafts stand back to back.
+        Every draft has one row more than tokens; rows of all drafts stand back to back. A rule that
+        chooses on the device calls `meanwhile` with each row's choice, int64 [num_rows], before the
+        host waits for them; others do not.
         """
         ...
 
@@ -65,10 +70,14 @@ class SharedNoise:
         return all(map(self._sampler.only_scales, rows))
 
     def verify(
-        self, logits: torch.Tensor, rows: list[SamplerRow], drafts: Sequence[Draft]
+        self,
+        logits: torch.Tensor,
+        rows: list[SamplerRow],
+        drafts: Sequence[Draft],
+        meanwhile: Meanwhile | None = None,
     ) -> list[tuple[int, ...]]:
         """See VerificationRule.verify."""
-        chosen = fetch(self._sampler.winners(logits, rows, self._vocabulary), drafts)
+        chosen = fetch(self._sampler.winners(logits, rows, self._vocabulary), drafts, meanwhile)
         stops = list(accumulate(len(draft) + 1 for draft in drafts))
         return [
             accept(token_ids_of(draft), chosen[stop - len(draft) - 1 : stop])
@@ -111,9 +120,13 @@ class OptimalCoupling:
         return is_greedy and all(self._sampler.only_scales(row) for row in rows)
 
     def verify(
-        self, logits: torch.Tensor, rows: list[SamplerRow], drafts: Sequence[Draft]
+        self,
+        logits: torch.Tensor,
+        rows: list[SamplerRow],
+        drafts: Sequence[Draft],
+        meanwhile: Meanwhile | None = None,
     ) -> list[tuple[int, ...]]:
-        """See VerificationRule.verify."""
+        """See VerificationRule.verify. What is chosen is chosen on the host."""
         logits = self._whole(logits)
         emitted, start = [], 0
         for draft in drafts:

@@ -74,6 +74,11 @@ class DraftController:
     def num_dropped(self) -> int:
         return self.acceptance.num_dropped + self._num_dropped_times
 
+    @property
+    def stands(self) -> bool:
+        """Whether the next round is to go by the same choice, while the requests are the same."""
+        return self._num_left > 1
+
     def choose(self, load: RoundLoad) -> RoundChoice:
         """The next round's plan. Without decode rows it is plain, for the drafter that was last.
 

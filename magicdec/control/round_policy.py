@@ -52,7 +52,8 @@ class FixedPolicy:
 
     @classmethod
     def of(cls, config: SpeculativeConfig) -> "FixedPolicy":
-        return cls(Plan(config.drafter, config.draft_length, config.draft_budget))
+        length = config.draft_length
+        return cls(Plan(config.drafter, length, config.draft_budget, stands=length == 0))
 
     def choose(self, load: RoundLoad) -> Plan:
         return self.plan
@@ -125,6 +126,7 @@ class AdaptivePolicy:
             max_prefill_rows=self._load.num_prefill_rows,
             prompt_drafter=self._prompt_drafter,
             explores=self.chosen.explores,
+            stands=self.chosen.plan.draft_length == 0 and self.controller.stands,
         )
 
     def forecast(self) -> StepForecast:

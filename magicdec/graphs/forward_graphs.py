@@ -10,8 +10,9 @@ layer's queries, so that observers see the attention of a replayed forward, afte
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 
 import torch
 
@@ -143,8 +144,9 @@ def static_forward(
 class _Captured:
     graph: Graph
     step: StaticForward  # holds what the graph reads
-    staging: torch.Tensor  # in pinned memory, then copied to the step's buffer
-    inputs: ForwardInputs  # of the staging
+    # In pinned memory, then copied to the step's buffer. Two, in turn: a step may be launched while
+    # the one before it has not been waited for.
+    stagings: Iterator[tuple[torch.Tensor, ForwardInputs]]
     logits: torch.Tensor  # [num_rows, vocab_size]
 
 
@@ -167,6 +169,7 @@ class ForwardGraphs:
         blocks = -(-(max_model_len + MOST_ROWS) // cache.block_size)
         self._num_columns = min(blocks, cache.num_blocks)
         self._captured: dict[Shape, _Captured] = {}
+        self._last: tuple[GraphAttention, int] | None = None  # of the last forward, and its tier
 
     def forward(
         self,
@@ -184,19 +187,30 @@ class ForwardGraphs:
             self._captured[shape] = self._capture(shape)
         captured = self._captured[shape]
         step = captured.step
-        captured.inputs.write(layout, token_ids.numpy(), keep.numpy())
-        step.buffer.copy_(captured.staging, non_blocking=True)
+        staging, inputs = next(captured.stagings)
+        inputs.write(layout, token_ids.numpy(), keep.numpy())
+        step.buffer.copy_(staging, non_blocking=True)
         if drafted is not None:
             resolve(step.token_ids, drafted)
         captured.graph.replay()
-        step.attention.show(observers, range(0, shape.num_rows, tier))
+        self._last = step.attention, tier
+        self.show(observers, range(len(layout.query_lens)))
         return captured.logits.index_select(0, step.kept[: len(keep)])
 
+    def show(self, observers: Sequence[AttentionObserver], sequences: Sequence[int]) -> None:
+        """The last forward's attention, of these of its sequences, to observers of as many. No
+        graph has been replayed since."""
+        if observers:
+            assert self._last is not None, "nothing has been replayed"
+            attention, tier = self._last
+            attention.show(observers, [tier * i for i in sequences])
+
     def _capture(self, shape: Shape) -> _Captured:
-        staging = self._capturer.staging(sum(shape.sizes), torch.int32)
-        staging.split_with_sizes(shape.sizes)[2].fill_(NO_SLOT)
-        buffer = staging.to(self._device, copy=True)
+        stagings = [self._capturer.staging(sum(shape.sizes), torch.int32) for _ in range(2)]
+        stagings[0].split_with_sizes(shape.sizes)[2].fill_(NO_SLOT)
+        buffer = stagings[0].to(self._device, copy=True)
         step = static_forward(self._forward, self._cache, self._backend, shape, buffer)
         graph, logits = self._capturer.capture(step)
         logger.info("captured a forward of %d x %d rows", shape.bucket, shape.tier)
-        return _Captured(graph, step, staging, ForwardInputs(shape, staging.numpy()), logits)
+        pairs = [(staging, ForwardInputs(shape, staging.numpy())) for staging in stagings]
+        return _Captured(graph, step, cycle(pairs), logits)

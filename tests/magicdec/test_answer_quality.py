@@ -24,7 +24,7 @@ from magicdec.executor import LocalExecutor
 from magicdec.model_loader import load_tokenizer, read_model_facts
 from magicdec.sampler import SamplerRow
 from magicdec.types import Request, SamplingParams
-from magicdec.verification import OptimalCoupling, VerificationRule
+from magicdec.verification import Meanwhile, OptimalCoupling, VerificationRule
 from tests.benchmarks.acceptance_tasks import Window
 from tests.benchmarks.needle import NeedleContext, build_context
 from tests.conftest import engine_config
@@ -43,7 +43,11 @@ class Credulous(OptimalCoupling):
     """The planted fault: every drafted token stands."""
 
     def verify(
-        self, logits: torch.Tensor, rows: list[SamplerRow], drafts: Sequence[Draft]
+        self,
+        logits: torch.Tensor,
+        rows: list[SamplerRow],
+        drafts: Sequence[Draft],
+        meanwhile: Meanwhile | None = None,
     ) -> list[tuple[int, ...]]:
         judged = super().verify(logits, rows, drafts)
         return [

@@ -7,7 +7,7 @@ from random import Random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magicdec.batch import Plan
+from magicdec.batch import Batch, Plan
 from magicdec.config import EngineConfig
 from magicdec.scheduler import Scheduler
 from magicdec.sequence import Sequence
@@ -58,7 +58,9 @@ class Steps:
 
     def step(self, plan: Plan) -> None:
         self.scheduler.begin_step()
-        batch = self.scheduler.schedule(plan)
+        self.finish_step(self.scheduler.schedule(plan))
+
+    def finish_step(self, batch: Batch) -> None:
         result = self.rank.execute(batch)
         for sequence, emitted in self.scheduler.update(batch, result):
             left = sequence.request.sampling.max_tokens - sequence.num_output_tokens
@@ -140,6 +142,50 @@ def test_drafts_preempt_nobody_whom_plain_decoding_would_not(
                 scheduler.finish(sequence)
             elif emitted:
                 scheduler.release_lookahead(sequence)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    prompts=st.lists(st.integers(1, 120), min_size=1, max_size=6),
+    spare_blocks=st.integers(0, 40),
+    seed=st.integers(0, 2**32),
+)
+def test_a_step_that_goes_on_has_room_and_preempts_nobody_for_it(
+    prompts: list[int], spare_blocks: int, seed: int
+) -> None:
+    """Beside the same requests under a plan that does not stand, up to the first preemption."""
+    standing, other = Steps(48 + spare_blocks, seed), Steps(48 + spare_blocks, seed)
+    for steps in (standing, other):
+        for num_prompt in prompts:
+            steps.add(num_prompt, 60)
+    num_going_on = 0
+    for _ in range(70):
+        load = standing.scheduler.begin_step()
+        batch = standing.scheduler.schedule(replace(PLAIN, stands=True))
+        num_going_on += batch.goes_on
+        if batch.goes_on:
+            assert load.num_prefill_rows == 0
+            for share in batch.sequences:
+                assert len(share.block_table) * BLOCK > share.num_tokens
+        standing.finish_step(batch)
+        other.step(PLAIN)
+        assert standing.scheduler.num_preemptions == other.scheduler.num_preemptions
+    assert num_going_on > 0 or standing.scheduler.num_preemptions > 0
+
+
+def test_a_step_of_prompts_of_drafts_or_without_a_free_block_does_not_go_on() -> None:
+    stands, steps = replace(PLAIN, stands=True), Steps(num_blocks=2)
+    steps.add(13, 40)
+    found = []
+    for plan in (stands, stands, replace(DRAFTING, stands=True), stands):
+        steps.scheduler.begin_step()
+        batch = steps.scheduler.schedule(plan)
+        found.append((batch.goes_on, batch.sequences[0].num_tokens))
+        if batch.sequences[0].draft_length > 0:
+            batch = replace(batch, sequences=(batch.sequences[0]._replace(draft=None),))
+        steps.finish_step(batch)
+    # The prompt; room for a 15th token; a draft; no room for a 17th.
+    assert found == [(False, 13), (True, 14), (False, 15), (False, 16)]
 
 
 def test_single_requests_may_draft_other_lengths_and_prefill_may_be_bounded() -> None:

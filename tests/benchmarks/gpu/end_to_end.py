@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from magicdec.model_loader import load_tokenizer, read_model_facts
 from magicdec.types import Request, SamplingParams
 
 _BLOCK_SIZE, _SPARE_BLOCKS = 64, 4
+_TURN = 6  # rounds
 
 
 def end_to_end_rows(
@@ -32,7 +34,7 @@ def end_to_end_rows(
     found = []
     for batch, context in points:
         prompts = neighbouring_windows(ids, batch, context)
-        answer = 2 * num_rounds * (draft[0] + 1) + _BLOCK_SIZE
+        answer = 2 * (num_rounds + _TURN) * (draft[0] + 1) + _BLOCK_SIZE
         blocks = batch * (-(-(context + answer) // _BLOCK_SIZE) + _SPARE_BLOCKS)
         config = EngineConfig(
             ModelConfig(str(folder), dtype),
@@ -58,19 +60,23 @@ def _begin(engine: Engine, prompts: Sequence[Sequence[int]], answer: int) -> Non
 
 
 def _rounds(engine: Engine, arms: dict[str, Plan], num_rounds: int) -> dict[str, float]:
-    """The first round of each arm captures graphs and makes selections: it is not counted."""
+    """In turns of a few rounds; but for a turn's last one a plain round begins the next. The first
+    turns capture graphs and make selections: they are not counted."""
     tokens, seconds = dict.fromkeys(arms, 0), dict.fromkeys(arms, 0.0)
     stats = engine.stats
     drafted = accepted = 0
-    for number in range(num_rounds + 1):
+    for number in range(num_rounds // _TURN + 1):
         for name, plan in arms.items():
             before = stats.num_draft_tokens, stats.num_accepted_tokens
-            engine.policy = FixedPolicy(plan)
-            started = time.perf_counter()
-            emitted = sum(len(output.token_ids) for output in engine.step())
+            for left in reversed(range(_TURN)):
+                stands = plan.draft_length == 0 and left > 0
+                engine.policy = FixedPolicy(replace(plan, stands=stands))
+                started = time.perf_counter()
+                emitted = sum(len(output.token_ids) for output in engine.step())
+                if number > 0:
+                    seconds[name] += time.perf_counter() - started
+                    tokens[name] += emitted
             if number > 0:
-                seconds[name] += time.perf_counter() - started
-                tokens[name] += emitted
                 drafted += stats.num_draft_tokens - before[0]
                 accepted += stats.num_accepted_tokens - before[1]
     rates = {name: tokens[name] / seconds[name] for name in arms}

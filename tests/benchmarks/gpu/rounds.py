@@ -5,6 +5,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from magicdec.profiling.device_rates import RankDevice
 from magicdec.runner import ModelRunner
 from magicdec.types import Request, SamplingParams
 
-_WARM_UPS = 4  # rounds of each kind: graphs are captured, views chosen
+_TURN = 6  # rounds of one kind; in the first graphs are captured and views chosen
 
 
 class _Executor:
@@ -59,7 +60,7 @@ def round_rows(
     block_size: int,
     num_rounds: int,
 ) -> list[dict[str, Any]]:
-    """Milliseconds of plain and drafted rounds, greedy, median of so many each, in turn."""
+    """Milliseconds of plain and drafted rounds, greedy, median of so many each."""
     found = []
     with tempfile.TemporaryDirectory() as folder:
         shape.save_pretrained(folder)
@@ -85,7 +86,7 @@ def _engine(
     num_rounds: int,
 ) -> Engine:
     """All of whose sequences decode."""
-    answer = (num_rounds + _WARM_UPS) * (draft[0] + 2) + 1
+    answer = (num_rounds + 2 * _TURN) * (draft[0] + 2) + 1
     config = EngineConfig(
         ModelConfig(str(folder), "bfloat16"),
         CacheConfig(block_size, num_blocks=batch * (-(-(context + answer) // block_size) + 1)),
@@ -111,14 +112,18 @@ def _tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def _rounds(engine: Engine, draft: tuple[int, int], num_rounds: int) -> tuple[float, float]:
+    """In turns of a few rounds. But for a turn's last one a plain round begins the next."""
     plans = (Plan("streaming", 0, draft[1]), Plan("streaming", *draft))
     times: tuple[list[float], list[float]] = ([], [])
-    for number in range(num_rounds + _WARM_UPS):
+    for turn in range(1 + num_rounds // _TURN):
         for plan, measured in zip(plans, times, strict=True):
-            engine.policy = FixedPolicy(plan)
-            started = time.perf_counter()
-            engine.step()
-            if number >= _WARM_UPS:
-                measured.append(time.perf_counter() - started)
+            for left in reversed(range(_TURN)):
+                engine.policy = FixedPolicy(
+                    replace(plan, stands=plan.draft_length == 0 and left > 0)
+                )
+                started = time.perf_counter()
+                engine.step()
+                if turn > 0:
+                    measured.append(time.perf_counter() - started)
     plain, drafted = (round(1e3 * statistics.median(each), 2) for each in times)
     return plain, drafted

@@ -14,6 +14,7 @@ from magicdec.config import EngineConfig
 from magicdec.engine import Engine
 from magicdec.executor import LocalExecutor
 from magicdec.graphs.forward_inputs import MOST_ROWS
+from magicdec.graphs.next_step import NextStep
 from magicdec.kernels.dispatch import triton_backend
 from magicdec.kernels.gumbel import GumbelArgmax
 from magicdec.kernels.paged_layout import PagedLayout
@@ -41,6 +42,9 @@ class Watched:
         self.engine, self.capturer = engine, capturer
         self.launched: list[PagedLayout] = []  # in one step
         self.mixed_steps = self.observed_rounds = 0
+        self.begun = self.found = (
+            0  # steps that were launched with the one before, and were asked for
+        )
         self.drafted: list[list[int]] = []  # of each step, the lengths
         self.runner, self._execute = model_runner, model_runner.execute
         engine._executor.execute = self.execute  # type: ignore[method-assign]
@@ -50,19 +54,29 @@ class Watched:
         self.launched = []
         before = self.capturer.replays["StaticForward"]
         assert_nothing_read_is_written(batch)
+        begun = self._next_step()
         result = self._execute(batch)
         rows = [
             len(share.token_ids) + outcome.num_draft_tokens
             for share, outcome in zip(batch.sequences, result.sequences, strict=True)
         ]
         short, long = [n for n in rows if n <= MOST_ROWS], [n for n in rows if n > MOST_ROWS]
-        assert self.capturer.replays["StaticForward"] - before == (len(short) > 0)
+        replayed = self.capturer.replays["StaticForward"] - before
+        begins = self._next_step() is not None
+        found = begun is not None and len(short) > 0 and replayed == begins
+        assert replayed == begins + (len(short) > 0) - found
+        self.begun += begins
+        self.found += found
         assert [n for layout in self.launched for n in layout.query_lens] == long
         decodes = any(share.is_decode_row for share in batch.sequences)
         self.mixed_steps += len(long) > 0 and decodes
         self.observed_rounds += not long and result.num_observed > 0
         self.drafted.append([outcome.num_draft_tokens for outcome in result.sequences])
         return result
+
+    def _next_step(self) -> NextStep | None:
+        assert self.runner._target_forward is not None
+        return self.runner._target_forward._next
 
 
 def assert_nothing_read_is_written(batch: Batch) -> None:
