@@ -14,11 +14,13 @@ import torch
 from magicdec.attention import AttentionObserver
 from magicdec.batch import ScheduledSequence
 from magicdec.control.round_policy import FixedPolicy
+from magicdec.drafts import Draft
 from magicdec.engine import Engine
 from magicdec.kernels.gumbel import gumbel_noise, random_words
 from magicdec.kernels.paged_layout import PagedLayout
 from magicdec.sampler import Proposal, Sampler, SamplerRow
 from magicdec.types import Request, RequestOutput
+from magicdec.verification import Meanwhile
 from tests.generation import run
 
 _BF16_FRACTION_BITS = 7
@@ -89,8 +91,13 @@ class TeacherForced:
         raise AssertionError("the stream itself is the draft")
 
     def verify(
-        self, logits: torch.Tensor, rows: list[SamplerRow], drafts: list[tuple[Proposal, ...]]
+        self,
+        logits: torch.Tensor,
+        rows: list[SamplerRow],
+        drafts: Sequence[Draft],
+        meanwhile: Meanwhile | None = None,
     ) -> list[tuple[int, ...]]:
+        """What is chosen is not what is emitted, so nothing can begin meanwhile."""
         chosen = self._sampler.sample(logits, rows)
         for i, (row, token) in enumerate(zip(rows, chosen, strict=True)):
             plain = self._streams[row.sampling.seed][row.position]

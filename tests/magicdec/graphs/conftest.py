@@ -54,7 +54,7 @@ class Watched:
         self.launched = []
         before = self.capturer.replays["StaticForward"]
         assert_nothing_read_is_written(batch)
-        begun = self._next_step()
+        begun = self.next_step()
         result = self._execute(batch)
         rows = [
             len(share.token_ids) + outcome.num_draft_tokens
@@ -62,7 +62,7 @@ class Watched:
         ]
         short, long = [n for n in rows if n <= MOST_ROWS], [n for n in rows if n > MOST_ROWS]
         replayed = self.capturer.replays["StaticForward"] - before
-        begins = self._next_step() is not None
+        begins = self.next_step() is not None
         found = begun is not None and len(short) > 0 and replayed == begins
         assert replayed == begins + (len(short) > 0) - found
         self.begun += begins
@@ -74,7 +74,7 @@ class Watched:
         self.drafted.append([outcome.num_draft_tokens for outcome in result.sequences])
         return result
 
-    def _next_step(self) -> NextStep | None:
+    def next_step(self) -> NextStep | None:
         assert self.runner._target_forward is not None
         return self.runner._target_forward._next
 

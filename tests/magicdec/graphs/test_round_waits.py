@@ -64,7 +64,9 @@ class Counted:
     def _on_device(self) -> list[torch.Tensor]:
         forwards, drafts = self._graphs()
         runner = self._watched.runner
+        begun = self._watched.next_step()
         held = [
+            *(() if begun is None else (begun.logits,)),
             *(t for c in forwards._captured.values() for t in (*c.step.static, c.logits)),
             *(t for c in drafts._captured.values() for t in (*c.step.static, c.logits)),
             *(inputs.words for inputs in drafts._view_inputs.values()),
