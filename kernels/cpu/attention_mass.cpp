@@ -124,7 +124,7 @@ class AttentionMass {
       for (int64_t tile = task * kTilesATask; tile < last_tile(task); ++tile) {
         float* scores = scores_of(head, tile) + row * kTile;
         for (int i = 0; i < kVectors; ++i) {
-          const Floats weight = exp_of_negative(load<Floats>(scores + i * kLanes) - top);
+          const Floats weight = bounded_exp(load<Floats>(scores + i * kLanes) - top);
           store(scores + i * kLanes, weight);
           total += weight;
         }

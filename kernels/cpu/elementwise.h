@@ -74,7 +74,7 @@ void rotate_rows(const RotateCall* call) {
 
 // x * sigmoid(x), where e^-|x| cannot overflow.
 inline Floats silu(Floats x) {
-  const Floats e = exp_of_negative(select(x > 0.0f, -x, x));
+  const Floats e = bounded_exp(select(x > 0.0f, -x, x));
   return x * select(x > 0.0f, splat(1.0f), e) / (e + 1.0f);
 }
 

@@ -192,7 +192,7 @@ class Attention {
     }
     Floats total = load<Floats>(partial + dims + kLanes);
     for (int i = 0; i < kVectors; ++i) {
-      const Floats weight = exp_of_negative(load<Floats>(scores + i * kLanes) - highest);
+      const Floats weight = bounded_exp(load<Floats>(scores + i * kLanes) - highest);
       store(scores + i * kLanes, weight);
       total += weight;
     }

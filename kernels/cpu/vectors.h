@@ -166,8 +166,8 @@ inline float sum(Floats vector) {
   return fold(vector, [](Floats a, Floats b) { return a + b; });
 }
 
-// e^x for x <= 0, within 2 ulp; 0 below -87.
-inline Floats exp_of_negative(Floats x) {
+// e^x for x of at most 80, within 2 ulp; 0 below -87.
+inline Floats bounded_exp(Floats x) {
   const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const Floats shifted = x * 1.44269504f + magic;
   const Floats n = shifted - magic;
