@@ -35,8 +35,9 @@ class Executor(Protocol):
 class LocalExecutor:
     """One rank in this process."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        self._runner = ModelRunner.load(config)
+    def __init__(self, config: EngineConfig, runner: ModelRunner | None = None) -> None:
+        """`runner`: of this config, over a model that is there already; None: it is loaded."""
+        self._runner = runner or ModelRunner.load(config)
         self._runner.allocate_cache(self._runner.num_affordable_blocks())
 
     @property

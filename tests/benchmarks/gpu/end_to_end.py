@@ -1,22 +1,19 @@
 """A real model end to end: plain and drafted rounds of the engine in turn, on one live batch."""
 
-import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from magicdec.batch import Plan
 from magicdec.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
-from magicdec.control.round_policy import FixedPolicy
 from magicdec.deployments.bench_text import neighbouring_windows, read_text
 from magicdec.engine import Engine
 from magicdec.executor import LocalExecutor
 from magicdec.model_loader import load_tokenizer, read_model_facts
 from magicdec.types import Request, SamplingParams
+from tests.benchmarks.gpu.turns import ROUNDS_A_TURN, play_turn
 
 _BLOCK_SIZE, _SPARE_BLOCKS = 64, 4
-_TURN = 6  # rounds
 
 
 def end_to_end_rows(
@@ -34,7 +31,7 @@ def end_to_end_rows(
     found = []
     for batch, context in points:
         prompts = neighbouring_windows(ids, batch, context)
-        answer = 2 * (num_rounds + _TURN) * (draft[0] + 1) + _BLOCK_SIZE
+        answer = 2 * (num_rounds + ROUNDS_A_TURN) * (draft[0] + 1) + _BLOCK_SIZE
         blocks = batch * (-(-(context + answer) // _BLOCK_SIZE) + _SPARE_BLOCKS)
         config = EngineConfig(
             ModelConfig(str(folder), dtype),
@@ -60,23 +57,17 @@ def _begin(engine: Engine, prompts: Sequence[Sequence[int]], answer: int) -> Non
 
 
 def _rounds(engine: Engine, arms: dict[str, Plan], num_rounds: int) -> dict[str, float]:
-    """In turns of a few rounds; but for a turn's last one a plain round begins the next. The first
-    turns capture graphs and make selections: they are not counted."""
+    """In turns."""
     tokens, seconds = dict.fromkeys(arms, 0), dict.fromkeys(arms, 0.0)
     stats = engine.stats
     drafted = accepted = 0
-    for number in range(num_rounds // _TURN + 1):
+    for turn in range(1 + num_rounds // ROUNDS_A_TURN):
         for name, plan in arms.items():
             before = stats.num_draft_tokens, stats.num_accepted_tokens
-            for left in reversed(range(_TURN)):
-                stands = plan.draft_length == 0 and left > 0
-                engine.policy = FixedPolicy(replace(plan, stands=stands))
-                started = time.perf_counter()
-                emitted = sum(len(output.token_ids) for output in engine.step())
-                if number > 0:
-                    seconds[name] += time.perf_counter() - started
-                    tokens[name] += emitted
-            if number > 0:
+            played = play_turn(engine, plan)
+            if turn > 0:
+                seconds[name] += sum(each.seconds for each in played)
+                tokens[name] += sum(each.num_tokens for each in played)
                 drafted += stats.num_draft_tokens - before[0]
                 accepted += stats.num_accepted_tokens - before[1]
     rates = {name: tokens[name] / seconds[name] for name in arms}
