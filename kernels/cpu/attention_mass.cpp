@@ -67,7 +67,7 @@ class AttentionMass {
       find_keys(head, std::min(tile + 1, num_tiles_ - 1), next);
       Prefetch<Cache> prefetch(next, dims);
       float* scores = scores_of(head, tile);
-      pack_keys<2>(own, dims, packed, prefetch);
+      pack_keys<2>(own, dims, packed, [&] { prefetch.advance(); });
       by_row_blocks(rows_, [&]<int n>(int64_t row) {
         score_rows<n>(queries + row * dims, packed, dims, scores + row * kTile, prefetch);
       });

@@ -25,25 +25,6 @@ inline void fetch(const BFloat16* const rows[kTile], int64_t line) {
   __builtin_prefetch(rows[line % kTile] + line / kTile * kPairDims, 0, 3);
 }
 
-// Keys side by side, words of two dims, [head_dim / 2, kTile]; the next tile's are asked for.
-template <int kEvery>
-void turn_keys(const BFloat16* const keys[kTile], const BFloat16* const next[kTile],
-               int64_t head_dim, float* turned) {
-  int64_t line = 0;
-  for (int64_t key = 0; key < kTile; key += kLanes)
-    for (int64_t dim = 0; dim < head_dim; dim += kPairDims) {
-      Words block[kLanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) {
-        block[i] = load<Words>(keys[key + i] + dim);
-        if (i % kEvery == 0) fetch(next, line++);
-      }
-      transpose(block);
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) store(turned + (dim / 2 + i) * kTile + key, block[i]);
-    }
-}
-
 // scores[r] = queries[r] . keys, rows one after the other.
 template <int kRows, int kFetched>
 void score_pairs(const uint32_t* queries, const float* keys, int64_t num_words, float scaling,
@@ -146,13 +127,18 @@ class PairTiles {
     std::memcpy(queries_ + row * head_dim_ / 2, query, 2 * head_dim_);
   }
 
+  // The next tile's lines are asked for evenly: a block of rows alone asks for keys while these are
+  // packed and for values then, of more blocks the first two ask for a share each.
   void score(const Rows<BFloat16>& own, const Rows<BFloat16>& next, float* scores) {
+    const auto ask = [&, line = 0]() mutable { fetch(next.keys, line++); };
     if (num_rows_ <= kRowBlock) {
-      turn_keys<1>(own.keys, next.keys, head_dim_, keys_);
-      by_row_blocks(num_rows_, [&]<int n>(int64_t row) { score_rows<n, 2>(row, next.values, 0, scores); });
+      pack_keys<1>(own.keys, head_dim_, keys_, ask);
+      by_row_blocks(num_rows_, [&]<int n>(int64_t row) {
+        score_rows<n, 2>(row, next.values, 0, scores);
+      });
       return;
     }
-    turn_keys<2>(own.keys, next.keys, head_dim_, keys_);
+    pack_keys<2>(own.keys, head_dim_, keys_, ask);
     by_row_blocks(num_rows_, [&]<int n>(int64_t row) {
       const int64_t line = head_dim_ + row / kRowBlock * head_dim_ / 2;
       if (row <= kRowBlock)
@@ -178,9 +164,11 @@ class PairTiles {
 
  private:
   template <int kRows, int kFetched>
-  void score_rows(int64_t row, const BFloat16* const next[kTile], int64_t line, float* scores) const {
-    score_pairs<kRows, kFetched>(queries_ + row * head_dim_ / 2, keys_, head_dim_ / 2, scaling_, next,
-                                 line, scores + row * kTile);
+  void score_rows(int64_t row, const BFloat16* const next[kTile], int64_t line,
+                  float* scores) const {
+    const uint32_t* queries = queries_ + row * head_dim_ / 2;
+    score_pairs<kRows, kFetched>(queries, keys_, head_dim_ / 2, scaling_, next, line,
+                                 scores + row * kTile);
   }
 
   template <int kRows, int kFetched>

@@ -45,23 +45,28 @@ class Prefetch {
 };
 
 // Keys side by side, [head_dim, kTile]; of bfloat16 ones, words of two dims, [head_dim / 2, kTile].
-// One line of the next tile is asked for every kEvery loads.
-template <int kEvery, typename Cache>
-void pack_keys(const Cache* const rows[kTile], int64_t head_dim, float* packed,
-               Prefetch<Cache>& prefetch) {
+// `ask` is called every kEvery loads, for what comes next.
+template <int kEvery, typename Cache, typename Ask>
+void pack_keys(const Cache* const rows[kTile], int64_t head_dim, float* packed, Ask ask) {
   constexpr int64_t dims_a_word = 4 / sizeof(Cache);
   const int64_t num_words = head_dim / dims_a_word;
   for (int64_t key = 0; key < kTile; key += kLanes)
     for (int64_t first = 0; first < num_words; first += kLanes) {
       const int64_t count = std::min<int64_t>(kLanes, num_words - first);
-      Words block[kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        const Cache* row = rows[key + i] + first * dims_a_word;
-        block[i] = count == kLanes ? load<Words>(row) : load_some<Words>(row, 4 * count);
-        if (i % kEvery == kEvery - 1) prefetch.advance();
-      }
-      transpose(block);
-      for (int i = 0; i < count; ++i) store(packed + (first + i) * kTile + key, block[i]);
+      const auto pack = [&](auto load_row) {
+        Words block[kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) {
+          block[i] = load_row(rows[key + i] + first * dims_a_word);
+          if (i % kEvery == kEvery - 1) ask();
+        }
+        transpose(block);
+        for (int i = 0; i < count; ++i) store(packed + (first + i) * kTile + key, block[i]);
+      };
+      if (count == kLanes)
+        pack([](const Cache* row) { return load<Words>(row); });
+      else
+        pack([&](const Cache* row) { return load_some<Words>(row, 4 * count); });
     }
 }
 
@@ -178,7 +183,7 @@ class VectorTiles {
 
   void score(const Rows<Cache>& own, const Rows<Cache>& next, float* scores) {
     Ahead next_keys(next.keys, head_dim_);
-    pack_keys<2>(own.keys, head_dim_, packed_, next_keys);
+    pack_keys<2>(own.keys, head_dim_, packed_, [&] { next_keys.advance(); });
     by_row_blocks(num_rows_, [&]<int n>(int64_t row) {
       score_rows<n>(queries_ + row * head_dim_, packed_, head_dim_, scores + row * kTile,
                     next_keys);
