@@ -184,7 +184,8 @@ class Attention {
     const int64_t dims = call_.head_dim;
     Floats top = load<Floats>(scores);
     for (int i = 1; i < kVectors; ++i) top = larger(top, load<Floats>(scores + i * kLanes));
-    if (any_above(top, partial[dims] + kHeadroom)) raise(largest(top), partial);
+    if (any_above(top, partial[dims] + kHeadroom))
+      raise(std::max(partial[dims], largest(top)), partial);
     const float highest = partial[dims];
     if (highest == -kInfinity) {  // nothing is visible yet
       std::fill_n(scores, kTile, 0.0f);
