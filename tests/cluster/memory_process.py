@@ -3,26 +3,21 @@
 python -m tests.cluster.memory_process RANK NUM_RANKS PORT TOTAL_BYTES FOLDER
 """
 
-import os
 import sys
 from pathlib import Path
 
 import torch
 
-from magicdec.cluster.placement import Rendezvous
 from magicdec.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from magicdec.model_loader import describe_model
 from magicdec.runner import ModelRunner
+from tests.cluster.joined_rank import joined_rank
 from tests.device_memory import FakeMemory
 
 
-def main(rank: int, num_ranks: int, port: int, total_bytes: int, folder: str) -> None:
-    rendezvous = Rendezvous(rank, num_ranks, "127.0.0.1", port, use_gpu=False)
-    os.environ.update(rendezvous.environment())
-    from magicdec.cluster.tensor_parallel import join_process_group, load_shard
+def main(num_ranks: int, total_bytes: int, folder: str) -> None:
+    from magicdec.cluster.tensor_parallel import load_shard
 
-    torch.set_num_threads(1)
-    join_process_group(rendezvous)
     config = EngineConfig(
         ModelConfig(folder, "float32"),
         CacheConfig(block_size=8),
@@ -37,4 +32,5 @@ def main(rank: int, num_ranks: int, port: int, total_bytes: int, folder: str) ->
 
 if __name__ == "__main__":
     _, rank, num_ranks, port, total_bytes, folder = sys.argv
-    main(int(rank), int(num_ranks), int(port), int(total_bytes), folder)
+    with joined_rank(int(rank), int(num_ranks), int(port)):
+        main(int(num_ranks), int(total_bytes), folder)

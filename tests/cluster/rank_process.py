@@ -3,29 +3,24 @@
 python -m tests.cluster.rank_process RANK NUM_RANKS PORT OUTPUT DTYPE=FOLDER...
 """
 
-import os
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from magicdec.cluster.placement import Rendezvous
 from magicdec.sampler import Sampler, SamplerRow
 from magicdec.types import SamplingParams
 from magicdec.vocabulary import Vocabulary, even_bounds
+from tests.cluster.joined_rank import joined_rank
 
 WIDE = 3001
 
 
-def main(rank: int, num_ranks: int, port: int, output: Path, *models: str) -> None:
-    rendezvous = Rendezvous(rank, num_ranks, "127.0.0.1", port, use_gpu=False)
-    os.environ.update(rendezvous.environment())
-    from magicdec.cluster.tensor_parallel import join_process_group, load_shard
+def main(rank: int, num_ranks: int, output: Path, *models: str) -> None:
+    from magicdec.cluster.tensor_parallel import load_shard
     from magicdec.cluster.vocabulary_head import all_gather, find_head
 
-    torch.set_num_threads(1)
-    join_process_group(rendezvous)
     found = {}
     for model in models:
         dtype, _, folder = model.partition("=")
@@ -77,4 +72,5 @@ def sample_ids() -> torch.Tensor:
 
 if __name__ == "__main__":
     _, rank, num_ranks, port, output, *models = sys.argv
-    main(int(rank), int(num_ranks), int(port), Path(output), *models)
+    with joined_rank(int(rank), int(num_ranks), int(port)):
+        main(int(rank), int(num_ranks), Path(output), *models)
