@@ -1,9 +1,10 @@
 """Plain torch oracles of what a draft's view is chosen by, written for reading."""
 
+import numpy as np
 import torch
 
 from magicdec.kernels.paged_layout import PagedLayout
-from magicdec.kernels.view_columns import ViewColumns
+from magicdec.kernels.view_columns import ViewColumns, divide_columns
 
 _MASK64 = 2**64 - 1
 
@@ -15,10 +16,19 @@ def list_columns(slots: torch.Tensor, masks: torch.Tensor, columns: ViewColumns)
     slots.zero_()
     masks[:, :, :num_columns] = float("-inf")
     for sequence in range(batch):
-        _, most, context_len, start = columns.sequences[sequence].tolist()
+        _, most, context_len, start, observed_len = columns.sequences[sequence].tolist()
         table = columns.block_tables[start:].tolist()
         for layer in range(num_layers):
-            num_selected, num_window, first, stride = columns.layers[sequence, layer].tolist()
+            taken, num_keys, first, stride = columns.layers[sequence, layer].tolist()
+            window_keys, selected_keys = divide_columns(
+                np.array([context_len]),
+                np.array([num_keys]),
+                np.array([observed_len if taken >= 0 else -1]),
+                sink,
+                columns.num_recent_tokens,
+            )
+            num_window = min(int(window_keys[0]), context_len)
+            num_selected = max(min(taken, int(selected_keys[0])), 0)
             skipped = context_len - num_window
             window = [c if c < sink else c + skipped for c in range(num_window)]
             masks[layer, sequence, : num_selected + num_window] = 0

@@ -19,7 +19,7 @@ _BLOCK = 256  # columns of a program
 def _list_columns(
     slots,  # int64 [num_layers, num_heads, batch, num_columns]
     masks,  # [num_layers, batch, mask_stride]
-    sequences,  # int64 [batch, 4], see ViewColumns
+    sequences,  # int64 [batch, 5], see ViewColumns
     layers,  # int32 [batch, num_layers, 4]
     block_tables,  # int32
     num_layers,
@@ -27,6 +27,7 @@ def _list_columns(
     num_columns,
     mask_stride,
     num_sink,
+    num_recent,
     num_slots,
     BLOCK_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -36,14 +37,21 @@ def _list_columns(
     head = tl.program_id(1) % num_heads
     sequence = tl.program_id(2)
     batch = tl.num_programs(2)
-    about = sequences + sequence * 4
+    about = sequences + sequence * 5
     selected = tl.load(about).to(tl.pointer_type(tl.int64))
     most = tl.load(about + 1)
     context_len = tl.load(about + 2).to(tl.int32)
     table = block_tables + tl.load(about + 3)
+    observed_len = tl.load(about + 4).to(tl.int32)
     about_layer = layers + (sequence * num_layers + layer) * 4
-    num_selected = tl.load(about_layer)
-    num_window = tl.load(about_layer + 1)
+    num_taken = tl.load(about_layer)
+    num_keys = tl.load(about_layer + 1)
+    # As view_columns.divide_columns.
+    grown = tl.minimum(num_recent + context_len - observed_len, (num_keys - num_sink) // 2)
+    selects = (num_taken >= 0) & (context_len > num_keys)
+    num_window = tl.where(selects, num_sink + tl.maximum(grown, num_recent), num_keys)
+    num_selected = tl.where(selects, tl.minimum(num_taken, tl.maximum(num_keys - num_window, 0)), 0)
+    num_window = tl.minimum(num_window, context_len)
     place = tl.load(about_layer + 2) + head * tl.load(about_layer + 3) + column
 
     is_column = column < num_columns
@@ -69,7 +77,7 @@ def list_columns(slots: torch.Tensor, masks: torch.Tensor, columns: ViewColumns)
     _list_columns[(triton.cdiv(num_columns, _BLOCK), num_layers * num_heads, batch)](
         *(slots, masks, columns.sequences, columns.layers, columns.block_tables),
         *(num_layers, num_heads, num_columns, masks.shape[2]),
-        *(columns.num_sink_tokens, columns.num_slots),
+        *(columns.num_sink_tokens, columns.num_recent_tokens, columns.num_slots),
         BLOCK_SIZE=columns.block_size,
         BLOCK=_BLOCK,
         num_warps=4,

@@ -115,8 +115,8 @@ class Batch:
 
     sequences: tuple[ScheduledSequence, ...]
     released: tuple[int, ...] = ()
-    # Plain decode rows alone, and as far as is known the next step is theirs too, a token further,
-    # for which their blocks have room.
+    # Decode rows alone, and as far as is known the next step is theirs too: plain ones a token
+    # further, for which their blocks have room, others with drafts over views of the same kind.
     goes_on: bool = False
 
 

@@ -23,8 +23,9 @@ class DeviceSpan:
             self._events[1].record(torch.cuda.current_stream(self._device))
 
     def seconds(self) -> float:
-        """After end(), and once the host has waited for the work in between."""
+        """After end(). The host waits for the work in between, if it has not yet."""
         if self._events:
             started, ended = self._events
+            ended.synchronize()
             return float(started.elapsed_time(ended)) / 1e3
         return self._ended - self._started

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from magicdec.batch import DraftChoice, Plan
 from magicdec.config import DRAFTERS, SpeculativeConfig
+from magicdec.sequence import Sequence
 from magicdec.types import AUTO, Request, RequestError, SpeculationParams
 
 _BUDGET_STEP = 64  # a share of a growing context is rounded up, so that views keep their shape
@@ -91,6 +92,14 @@ class DraftChoices:
         if length == draft.draft_length:
             return draft
         return self._make(draft.drafter, length, draft.draft_budget, draft.needs_history)
+
+    def goes_on(self, draft: DraftChoice, sequence: Sequence, max_model_len: int) -> bool:
+        """Whether the round after one that drafts so may draft alike, however much is accepted."""
+        longest = len(sequence.token_ids) + draft.draft_length + 1
+        then = self.choose(sequence.request, longest)
+        if then is None or longest + draft.draft_length > max_model_len:
+            return False
+        return (then.drafter, then.draft_budget) == (draft.drafter, draft.draft_budget)
 
     def _budget(self, wish: float, length: int, context_len: int) -> int:
         budget = int(wish)

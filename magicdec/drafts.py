@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from magicdec.kernels.gumbel import Winners, check_chosen
-from magicdec.kernels.transfer import Arriving
+from magicdec.kernels.transfer import Arriving, send
 from magicdec.sampler import Proposal
 
 
@@ -102,6 +102,42 @@ def tokens_on_device(drafts: Sequence[Draft]) -> torch.Tensor | None:
 
 def _device_tokens(drafts: Sequence[Draft]) -> DeviceTokens | None:
     return next((draft.tokens for draft in drafts if isinstance(draft, DeviceDraft)), None)
+
+
+@dataclass(frozen=True, slots=True)
+class AcceptedDrafts:
+    """What verification made of drafts, on the device alone."""
+
+    counts: torch.Tensor  # int64 [num_drafts], accepted
+    token_ids: torch.Tensor  # int64 [num_drafts], the recovered or bonus token
+
+    @classmethod
+    def of(
+        cls,
+        drafts: Sequence[Draft],
+        starts: Sequence[int],  # of each draft's choices, which are one more than its tokens
+        chosen: torch.Tensor,  # int64 [num_choices], -1 where nothing could be
+    ) -> "AcceptedDrafts | None":
+        """verification.accept() of each, by launches that nobody waits for; None where drafts are
+        on the host."""
+        there = [draft for draft in drafts if isinstance(draft, DeviceDraft)]
+        if not there or len(there) < len(drafts):
+            return None
+        lengths = np.array([len(draft) for draft in there])[:, None]
+        column = np.arange(lengths.max() + 1)
+        own_choice = np.array(starts)[:, None] + np.minimum(column, lengths)
+        is_drafted = column[:-1] < lengths
+        drafted = np.zeros(is_drafted.shape, dtype=np.int64)
+        drafted[is_drafted] = -1 - np.concatenate([draft.references() for draft in there])
+        sizes = [len(column), len(column) - 1, len(column) - 1]
+        places = np.concatenate([own_choice, drafted, is_drafted], axis=1)
+        sent = send(torch.from_numpy(places), chosen.device)
+        own, draft, is_there = sent.split_with_sizes(sizes, dim=1)
+        choices = chosen.take(own)
+        agree = (choices[:, :-1] == there[0].tokens.chosen.take(draft)).long() * is_there
+        counts = agree.cumprod(dim=1).sum(dim=1)
+        token_ids = choices.gather(1, counts[:, None])[:, 0]
+        return cls(counts, token_ids.clamp(min=0))
 
 
 def resolve(token_ids: torch.Tensor, chosen: torch.Tensor) -> None:

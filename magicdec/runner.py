@@ -1,7 +1,6 @@
 """One rank: everything that touches the device happens here."""
 
 import time
-from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -9,11 +8,10 @@ import torch
 from magicdec.attention import AttentionContext
 from magicdec.batch import Batch, SequenceResult, StepResult
 from magicdec.config import EngineConfig
-from magicdec.device_span import DeviceSpan
-from magicdec.drafters.base import Drafter
 from magicdec.drafters.build import build_drafters, num_blocks_beside_draft, pool_bytes
 from magicdec.drafters.draft_model import DraftModel
-from magicdec.drafts import Draft, token_ids_of
+from magicdec.drafters.rank_drafters import Drafted, RankDrafters
+from magicdec.drafts import token_ids_of
 from magicdec.graphs.capture import Capturer
 from magicdec.graphs.draft_graphs import DraftGraphs
 from magicdec.graphs.forward_graphs import ForwardGraphs
@@ -62,7 +60,7 @@ class ModelRunner:
             None if draft is None else DraftModel(draft.forward, draft.layers, draft.vocab_size)
         )
         self._cache: PagedKVCache | None = None
-        self._drafters: dict[str, Drafter] = {}
+        self._drafters = RankDrafters({}, model.device)
         self._target_forward: TargetForward | None = None
 
     @classmethod
@@ -116,7 +114,7 @@ class ModelRunner:
             model.layers, self._config.cache.block_size, 1, model.kv_dtype, model.device
         )
         self._target_forward = TargetForward(self.forward, self._cache, self._backend, None)
-        self._verify(batch, drafts)
+        self._verify(batch, Drafted(drafts, []))
         pages = (*self._cache.k, *self._cache.v)
         self._cache = self._target_forward = None
         return sum(page.nbytes for page in pages)
@@ -129,7 +127,7 @@ class ModelRunner:
         )
         graphs, draft_graphs = self._graphs(self._cache)
         self._target_forward = TargetForward(self.forward, self._cache, self._backend, graphs)
-        self._drafters = build_drafters(
+        by_name = build_drafters(
             self.forward,
             self._rule.propose,
             self._cache,
@@ -140,6 +138,7 @@ class ModelRunner:
             self._draft_rule.propose,
             draft_graphs,
         )
+        self._drafters = RankDrafters(by_name, model.device)
 
     def _graphs(self, cache: PagedKVCache) -> tuple[ForwardGraphs | None, DraftGraphs | None]:
         """Of a sharded model NCCL's exchanges are captured with the rest; gloo's run on the host,
@@ -160,66 +159,45 @@ class ModelRunner:
     def execute(self, batch: Batch) -> StepResult:
         """Runs one step: drafts, then the target's forward over all rows of the batch."""
         started = time.perf_counter()
-        self._release(batch.released)
-        drafts, drafting = self._draft(batch)
-        emitted, num_observed = self._verify(batch, drafts)
+        self._drafters.release(batch.released)
+        drafted = self._drafters.propose(batch.sequences)
+        emitted, num_observed = self._verify(batch, drafted)
         results = tuple(
             SequenceResult(tokens, tuple(token_ids_of(draft)))
-            for tokens, draft in zip(emitted, drafts, strict=True)
+            for tokens, draft in zip(emitted, drafted.drafts, strict=True)
         )
-        # Rows with a draft are sampled, so the host has waited for all that was drafted.
-        draft_seconds = 0.0 if drafting is None else drafting.seconds()
-        seconds = time.perf_counter() - started
-        return StepResult(results, draft_seconds, seconds - draft_seconds, num_observed)
+        draft_seconds, verify_seconds = drafted.divide(time.perf_counter() - started)
+        return StepResult(results, draft_seconds, verify_seconds, num_observed)
 
-    def _release(self, sequence_ids: tuple[int, ...]) -> None:
-        for drafter in self._each_drafter():
-            drafter.release(sequence_ids)
-
-    def _draft(self, batch: Batch) -> tuple[list[Draft], DeviceSpan | None]:
-        """Each drafter proposes for its own sequences in one call; and the time of all, where there
-        is anything to draft."""
-        drafts: list[Draft] = [() for _ in batch.sequences]
-        drafting = [i for i, s in enumerate(batch.sequences) if s.draft_length > 0]
-        if not drafting:
-            return drafts, None
-        span = DeviceSpan(self._model.device)
-        for drafter in self._each_drafter():
-            mine = [
-                i
-                for i in drafting
-                if (choice := batch.sequences[i].draft) is not None
-                and self._drafters[choice.drafter] is drafter
-            ]
-            if mine:
-                proposed = drafter.propose([batch.sequences[i] for i in mine])
-                for i, draft in zip(mine, proposed, strict=True):
-                    drafts[i] = draft
-        span.end()
-        return drafts, span
-
-    def _each_drafter(self) -> list[Drafter]:
-        """Each one once: several names may be one drafter's."""
-        return list({id(drafter): drafter for drafter in self._drafters.values()}.values())
-
-    def _verify(self, batch: Batch, drafts: Sequence[Draft]) -> tuple[list[tuple[int, ...]], int]:
+    def _verify(self, batch: Batch, drafted: Drafted) -> tuple[list[tuple[int, ...]], int]:
         """The tokens each sequence emits, none for a chunk that ends before the last token; and
         how many sequences were observed."""
-        step = StepRows.of(batch.sequences, drafts, self._pages.block_size)
-        watched = [drafter.watch(batch.sequences, step.layout) for drafter in self._each_drafter()]
-        observers = [observer for observer in watched if observer is not None]
+        step = StepRows.of(batch.sequences, drafted.drafts, self._pages.block_size)
+        observers = self._drafters.watch(batch, step.layout)
         assert self._target_forward is not None, "allocate_cache comes before the first step"
-        forward = self._target_forward
-        logits = forward(step, observers)
+        logits = self._target_forward(step, observers)
         emitted: list[tuple[int, ...]] = [() for _ in batch.sequences]
         sampled = step.sampled()
         if sampled:
-            own = [drafts[i] for i in sampled]
-            meanwhile = partial(forward.begin_next, step) if batch.goes_on else None
+            own = [drafted.drafts[i] for i in sampled]
+            meanwhile = partial(self._begin_next, batch, step, drafted)
             chosen = self._rule.verify(logits, step.choices(), own, meanwhile)
             for i, tokens in zip(sampled, chosen, strict=True):
                 emitted[i] = tokens
         return emitted, sum(observer.num_sequences for observer in observers)
+
+    def _begin_next(
+        self, batch: Batch, step: StepRows, drafted: Drafted, chosen: torch.Tensor
+    ) -> None:
+        """While the host is about to wait for what was chosen: the step ends here on the device."""
+        if drafted.verifying is not None:
+            drafted.verifying.end()
+        if not batch.goes_on:
+            return
+        if any(map(len, drafted.drafts)):
+            self._drafters.begin_next(batch, drafted.drafts, chosen)
+        elif self._target_forward is not None:
+            self._target_forward.begin_next(step, chosen)
 
     def forward(
         self,

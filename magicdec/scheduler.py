@@ -95,7 +95,7 @@ class Scheduler:
                 wanted = min(draft.draft_length, rows_left - 1)
                 draft = choices.with_length(draft, self._reserve_lookahead(sequence, wanted))
                 budget -= draft.draft_length
-                goes_on = False
+                goes_on = goes_on and choices.goes_on(draft, sequence, self._max_model_len)
             budget, goes_on = budget - 1, goes_on and self._reserve_lookahead(sequence, 1) == 1
             scheduled.append(ScheduledSequence.of(sequence, last_ids[i : i + 1], draft))
         self._scheduled = decoding.copy()

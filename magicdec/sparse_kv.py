@@ -106,7 +106,7 @@ class Selection:
     def packed(self, num_layers: int) -> "PackedSelection":
         """Made once, since a selection serves many rounds: for whoever reads it on the device."""
         if self._packed is None:
-            places = np.zeros((num_layers, 3), dtype=np.int32)
+            places = PackedSelection.no_places(num_layers)
             start = 0
             for added in self._added:
                 size, width = added.positions[0].numel(), added.positions.shape[2]
@@ -124,5 +124,10 @@ class PackedSelection:
     """A selection's positions layer by layer, head by head."""
 
     positions: torch.Tensor  # int64
-    # [num_layers, 3]: where a layer's begin, how many lie there a head, and how many it takes.
+    # [num_layers, 3]: where a layer's begin, how many lie there a head, and how many it takes; -1
+    # where the layer has none.
     places: NDArray[np.int32]
+
+    @staticmethod
+    def no_places(num_layers: int) -> NDArray[np.int32]:
+        return np.tile(np.array([0, 0, -1], dtype=np.int32), (num_layers, 1))

@@ -14,6 +14,7 @@ import torch
 from magicdec.attention import AttentionObserver
 from magicdec.batch import ScheduledSequence
 from magicdec.control.round_policy import FixedPolicy
+from magicdec.drafters.rank_drafters import RankDrafters
 from magicdec.drafts import Draft
 from magicdec.engine import Engine
 from magicdec.kernels.gumbel import gumbel_noise, random_words
@@ -153,6 +154,6 @@ def replay(engine: Engine, requests: list[Request], streams: Streams, sampler: S
     rule = TeacherForced(sampler, streams)
     runner = engine._executor._runner  # type: ignore[attr-defined]
     runner._rule = rule
-    runner._drafters = {"streaming": ReplayDrafter(streams)}
+    runner._drafters = RankDrafters({"streaming": ReplayDrafter(streams)}, torch.device("cpu"))
     run(engine, requests)
     return rule.verdict

@@ -52,8 +52,7 @@ class FixedPolicy:
 
     @classmethod
     def of(cls, config: SpeculativeConfig) -> "FixedPolicy":
-        length = config.draft_length
-        return cls(Plan(config.drafter, length, config.draft_budget, stands=length == 0))
+        return cls(Plan(config.drafter, config.draft_length, config.draft_budget, stands=True))
 
     def choose(self, load: RoundLoad) -> Plan:
         return self.plan
@@ -126,8 +125,14 @@ class AdaptivePolicy:
             max_prefill_rows=self._load.num_prefill_rows,
             prompt_drafter=self._prompt_drafter,
             explores=self.chosen.explores,
-            stands=self.chosen.plan.draft_length == 0 and self.controller.stands,
+            stands=self._stands(),
         )
+
+    def _stands(self) -> bool:
+        """Drafts are chosen anew each round, and seldom others: a trial alone is sure to end."""
+        if self.chosen.plan.draft_length == 0:
+            return self.controller.stands
+        return not self.chosen.explores
 
     def forecast(self) -> StepForecast:
         """See RoundPolicy. A choice that stands for several rounds was foreseen once."""

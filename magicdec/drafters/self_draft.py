@@ -10,10 +10,12 @@ import torch
 from magicdec.attention import AttentionContext, AttentionObserver
 from magicdec.batch import ScheduledSequence
 from magicdec.config import SelectionConfig
+from magicdec.device_span import DeviceSpan
 from magicdec.draft_attention import DraftAttention
 from magicdec.draft_views import DraftViews
 from magicdec.drafters.base import Forward, Propose
-from magicdec.drafts import DeviceDraft, Draft
+from magicdec.drafters.next_drafts import NextDrafts
+from magicdec.drafts import AcceptedDrafts, DeviceDraft, Draft
 from magicdec.graphs.draft_graphs import DraftGraphs, DraftRound
 from magicdec.kernels.dispatch import AttentionBackend
 from magicdec.kernels.paged_layout import PagedLayout
@@ -82,13 +84,7 @@ class SelfDrafter:
 
     def propose(self, sequences: list[ScheduledSequence]) -> Sequence[Draft]:
         """See Drafter.propose."""
-        views = DraftViews(
-            draft_layout(sequences, self._cache.block_size),
-            self._config,
-            max(s.draft_length for s in sequences),
-            [s.draft.draft_budget for s in sequences if s.draft is not None],
-            [self._selection(s) for s in sequences],
-        )
+        views = self._views(sequences)
         attention = DraftAttention(self._cache, self._backend, views)
         if self._graphs is None:
             return draft_steps(sequences, attention, self._forward, self._propose)
@@ -97,6 +93,41 @@ class SelfDrafter:
         if replayed is not None and replayed.chooses:
             return replay_steps(sequences, first_rows, replayed)
         return draft_steps(sequences, attention, replayed or self._forward, self._propose)
+
+    def begin_next(
+        self,
+        sequences: Sequence[ScheduledSequence],
+        drafts: Sequence[Draft],  # of this round, a sequence
+        starts: Sequence[int],  # where each draft's choices begin, one more than its tokens
+        chosen: torch.Tensor,  # int64 [num_choices] on the device, see VerificationRule.verify
+    ) -> NextDrafts | None:
+        """Launches the drafts that follow on this round's choices, for the same sequences and over
+        the views that they have by now. None: not without the host."""
+        accepted = AcceptedDrafts.of(drafts, starts, chosen)
+        if self._graphs is None or accepted is None:
+            return None
+        span = DeviceSpan(chosen.device)
+        # As if nothing had been accepted: the device adds what was.
+        following = [s._replace(num_computed_tokens=s.num_tokens) for s in sequences]
+        views = self._views(following, num_ahead=max(map(len, drafts)))
+        first_rows = [SamplerRow.after(s, ()) for s in following]
+        replayed = self._graphs.begin(views, first_rows, accepted)
+        if replayed is None or not replayed.chooses:
+            return None
+        begun = replay_steps(following, first_rows, replayed)
+        span.end()
+        pairs = zip(following, begun, strict=True)
+        return NextDrafts({s.sequence_id: (s.draft, draft) for s, draft in pairs}, span)
+
+    def _views(self, sequences: Sequence[ScheduledSequence], num_ahead: int = 0) -> DraftViews:
+        return DraftViews(
+            draft_layout(sequences, self._cache.block_size),
+            self._config,
+            max(s.draft_length for s in sequences),
+            [s.draft.draft_budget for s in sequences if s.draft is not None],
+            [self._selection(s) for s in sequences],
+            num_ahead,
+        )
 
     def watch(
         self, sequences: tuple[ScheduledSequence, ...], layout: PagedLayout
@@ -166,7 +197,7 @@ def _policy_of(sequence: ScheduledSequence) -> SelectionPolicy | None:
     return None if sequence.draft is None else POLICIES.get(sequence.draft.drafter)
 
 
-def draft_layout(sequences: list[ScheduledSequence], block_size: int) -> PagedLayout:
+def draft_layout(sequences: Sequence[ScheduledSequence], block_size: int) -> PagedLayout:
     """One row a sequence: its last token, the only one not computed."""
     return PagedLayout(
         query_lens=(1,) * len(sequences),
@@ -201,7 +232,7 @@ def draft_steps(
 
 def replay_steps(
     sequences: list[ScheduledSequence], first_rows: list[SamplerRow], replayed: DraftRound
-) -> list[Draft]:
+) -> list[DeviceDraft]:
     """draft_steps() without the host between the steps, nor after them: the same tokens."""
     tokens = replayed.draft(
         token_ids=[int(s.token_ids[0]) for s in sequences],

@@ -8,6 +8,10 @@ import torch
 from magicdec.attention import AttentionContext
 
 _WARM_UPS = 2  # what a first call compiles or allocates is not of a graph
+# Of what the host writes for a round, in turn. Between two waits a round sends twice at most: what
+# it begins of the next one, and what is asked for in place of that. The wait after says that both
+# have been read but for the last, so the one after those two is free.
+NUM_STAGINGS = 3
 
 
 class KeptForward(Protocol):

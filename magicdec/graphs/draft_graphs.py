@@ -13,15 +13,16 @@ The round's own columns have no mask: a step sees them up to its own.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import cycle
 
 import torch
 
 from magicdec.attention import AttentionContext
 from magicdec.draft_views import DraftViews
-from magicdec.drafts import DeviceTokens
-from magicdec.graphs.capture import Capturer, Graph, KeptForward
+from magicdec.drafts import AcceptedDrafts, DeviceTokens
+from magicdec.graphs.capture import NUM_STAGINGS, Capturer, Graph, KeptForward
 from magicdec.graphs.draft_inputs import DraftInputs
 from magicdec.graphs.view_inputs import ViewInputs
 from magicdec.kernels.dispatch import AttentionBackend, ChooseOnDevice
@@ -123,17 +124,24 @@ class StaticDraftStep:
 class _Captured:
     graph: Graph
     step: StaticDraftStep
-    staging: DraftInputs  # on the host
+    stagings: Iterator[DraftInputs]  # on the host
     logits: torch.Tensor
 
 
 class DraftRound:
     """One round's draft steps: all at once, or called one by one with tokens from the host."""
 
-    def __init__(self, captured: _Captured, num_steps: int, chooses: bool) -> None:
+    def __init__(
+        self,
+        captured: _Captured,
+        num_steps: int,
+        chooses: bool,
+        accepted: AcceptedDrafts | None,
+    ) -> None:
         self._captured = captured
         self._num_steps = num_steps
         self._step = 0
+        self._accepted = accepted
         self.chooses = chooses  # whether draft() may take the round's rows
 
     def draft(
@@ -143,10 +151,14 @@ class DraftRound:
         last: list[int],  # where a row whose own draft is done stays
         rows: list[SamplerRow],  # the choices of the first step
     ) -> DeviceTokens:
-        """One token a step and row. The host waits for none of them."""
+        """One token a step and row. The host waits for none of them. After drafts that only the
+        device has judged, all is as if none of them had been accepted."""
         captured, batch = self._captured, len(rows)
-        captured.staging.write(token_ids, positions, last, rows)
-        captured.step.inputs.words.copy_(captured.staging.words, non_blocking=True)
+        inputs, staging = captured.step.inputs, next(captured.stagings)
+        staging.write(token_ids, positions, last, rows)
+        inputs.words.copy_(staging.words, non_blocking=True)
+        if self._accepted is not None:
+            inputs.move(self._accepted)
         for _ in range(self._num_steps):
             captured.graph.replay()
         return DeviceTokens(captured.step.drafted[: self._num_steps], batch)
@@ -156,9 +168,10 @@ class DraftRound:
     ) -> torch.Tensor:
         """The next step's logits [batch, vocab_size]."""
         captured, batch = self._captured, len(token_ids)
-        captured.staging.write_step(self._step, token_ids, positions)
+        staging = next(captured.stagings)
+        staging.write_step(self._step, token_ids, positions)
         self._step += 1
-        captured.step.inputs.words.copy_(captured.staging.words, non_blocking=True)
+        captured.step.inputs.words.copy_(staging.words, non_blocking=True)
         captured.graph.replay()
         return captured.logits[:batch].clone()
 
@@ -189,8 +202,17 @@ class DraftGraphs:
         self._view_inputs: dict[int, ViewInputs] = {}  # by bucket
         self._captured: dict[tuple[int, int], _Captured] = {}
 
-    def begin(self, views: DraftViews, rows: list[SamplerRow]) -> DraftRound | None:
-        """What runs the steps of a round; None: not by graphs. `rows` are its first choices."""
+    def begin(
+        self,
+        views: DraftViews,
+        rows: list[SamplerRow],
+        accepted: AcceptedDrafts | None = None,
+    ) -> DraftRound | None:
+        """What runs the steps of a round; None: not by graphs. `rows` are its first choices.
+
+        With `accepted` it follows on drafts that the device has judged and the host has not seen:
+        views and rows are as if none had been accepted, and contexts up to num_ahead longer.
+        """
         if self._has_windows or views.draft_length > MAX_STEPS:
             return None
         bucket = 1 << (len(rows) - 1).bit_length()
@@ -202,8 +224,11 @@ class DraftGraphs:
         if (bucket, width) not in self._captured:
             self._captured[bucket, width] = self._capture(bucket, width)
         captured = self._captured[bucket, width]
-        captured.step.views.fill(inputs.send(views))
-        return DraftRound(captured, views.draft_length, self._may_choose(rows))
+        columns = inputs.send(views)
+        if accepted is not None:
+            columns.sequences[: len(rows), 2].add_(accepted.counts)
+        captured.step.views.fill(columns)
+        return DraftRound(captured, views.draft_length, self._may_choose(rows), accepted)
 
     def static_step(self, bucket: int, width: int) -> StaticDraftStep:
         choose = self._backend.choose_on_device
@@ -219,5 +244,6 @@ class DraftGraphs:
         step = self.static_step(bucket, width)
         graph, logits = self._capturer.capture(step)
         logger.info("captured a draft step of %d rows over %d columns", bucket, width)
-        staging = DraftInputs(self._capturer.staging(len(step.inputs.words), torch.int64))
-        return _Captured(graph, step, staging, logits)
+        size = len(step.inputs.words)
+        stagings = [self._capturer.staging(size, torch.int64) for _ in range(NUM_STAGINGS)]
+        return _Captured(graph, step, cycle(map(DraftInputs, stagings)), logits)

@@ -14,6 +14,7 @@ the draft's own tokens.
 import numpy as np
 import torch
 
+from magicdec.drafts import AcceptedDrafts
 from magicdec.kernels.gumbel import draw_keys
 from magicdec.sampler import SamplerRow, shared_draw
 
@@ -57,6 +58,14 @@ class DraftInputs:
         self.words.zero_()
         self.token_ids[:batch], self.positions[:batch] = token_ids, positions
         self.step.fill_(step)
+
+    def move(self, accepted: AcceptedDrafts) -> None:
+        """From where nothing was accepted to where the device says, before the first step."""
+        batch, count = len(accepted.token_ids), accepted.counts
+        self.token_ids[:batch].copy_(accepted.token_ids)
+        self.positions[:batch].add_(count)
+        self.last[:batch].add_(count)
+        self.keys[:batch, 1].add_(count)
 
     def advance(self, chosen: torch.Tensor) -> None:
         """To the next step, on the device; `chosen` is -1 where nothing could be: [bucket]."""

@@ -18,7 +18,7 @@ import torch
 
 from magicdec.attention import AttentionObserver
 from magicdec.drafts import resolve
-from magicdec.graphs.capture import Capturer, Graph, KeptForward
+from magicdec.graphs.capture import NUM_STAGINGS, Capturer, Graph, KeptForward
 from magicdec.graphs.forward_inputs import MOST_ROWS, NO_SLOT, TIERS, ForwardInputs, Shape
 from magicdec.kernels.dispatch import AttentionBackend
 from magicdec.kernels.paged_layout import DeviceLayout, PagedLayout
@@ -144,8 +144,7 @@ def static_forward(
 class _Captured:
     graph: Graph
     step: StaticForward  # holds what the graph reads
-    # In pinned memory, then copied to the step's buffer. Two, in turn: a step may be launched while
-    # the one before it has not been waited for.
+    # In pinned memory, then copied to the step's buffer.
     stagings: Iterator[tuple[torch.Tensor, ForwardInputs]]
     logits: torch.Tensor  # [num_rows, vocab_size]
 
@@ -206,7 +205,9 @@ class ForwardGraphs:
             attention.show(observers, [tier * i for i in sequences])
 
     def _capture(self, shape: Shape) -> _Captured:
-        stagings = [self._capturer.staging(sum(shape.sizes), torch.int32) for _ in range(2)]
+        stagings = [
+            self._capturer.staging(sum(shape.sizes), torch.int32) for _ in range(NUM_STAGINGS)
+        ]
         stagings[0].split_with_sizes(shape.sizes)[2].fill_(NO_SLOT)
         buffer = stagings[0].to(self._device, copy=True)
         step = static_forward(self._forward, self._cache, self._backend, shape, buffer)

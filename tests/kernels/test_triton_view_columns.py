@@ -8,15 +8,17 @@ from hypothesis import strategies as st
 from magicdec.kernels import selection_reference, triton_view_columns
 from magicdec.kernels.view_columns import ViewColumns
 
-NUM_SINK, NUM_OWN, NUM_SLOTS = 3, 2, 1000
+NUM_SINK, NUM_RECENT, NUM_OWN, NUM_SLOTS = 3, 5, 2, 1000
 GENERATED = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
+Share = tuple[int, int, list[tuple[int, int | None, int]]]
 SEQUENCES = st.lists(
     st.tuples(
         st.integers(0, 300),  # context_len
-        # Of each layer: keys of the window, listed and held positions of the selection.
+        st.integers(0, 40),  # tokens since the selection
+        # Of each layer: columns at most, positions that it takes of the selection and that it has.
         st.lists(
-            st.tuples(st.integers(0, 200), st.integers(0, 60), st.integers(0, 60)),
+            st.tuples(st.integers(8, 250), st.none() | st.integers(0, 60), st.integers(0, 60)),
             min_size=2,
             max_size=2,
         ),
@@ -27,7 +29,7 @@ SEQUENCES = st.lists(
 
 
 def made_up(
-    sequences: list[tuple[int, list[tuple[int, int, int]]]],
+    sequences: list[Share],
     heads: list[int],
     block_size: int,
     device: torch.device,
@@ -35,18 +37,19 @@ def made_up(
 ) -> ViewColumns:
     """The last sequence is not there. Not every layer has as many heads as the widest."""
     random = np.random.default_rng(seed)
-    about = np.zeros((len(sequences) + 1, 4), dtype=np.int64)
+    about = np.zeros((len(sequences) + 1, 5), dtype=np.int64)
     layers = np.zeros((len(sequences) + 1, len(heads), 4), dtype=np.int32)
     tables, selected, start = [], [], 0
-    for i, (context_len, kinds) in enumerate(sequences):
+    for i, (context_len, grown, kinds) in enumerate(sequences):
         first = 0
-        for layer, (num_window, wanted, held) in enumerate(kinds):
+        for layer, (num_keys, wanted, held) in enumerate(kinds):
             held = held if context_len > 0 else 0
-            layers[i, layer] = min(wanted, held), min(num_window, context_len), first, held
+            layers[i, layer] = -1 if wanted is None else min(wanted, held), num_keys, first, held
             first += heads[layer] * held
         selected.append(torch.from_numpy(random.integers(0, max(context_len, 1), first)).to(device))
         tables.append(random.permutation(-(-context_len // block_size) + 1))
-        about[i] = selected[-1].data_ptr(), first, context_len, start
+        observed_len = max(context_len - grown, 0)
+        about[i] = selected[-1].data_ptr(), first, context_len, start, observed_len
         start += len(tables[-1])
     return ViewColumns(
         sequences=torch.from_numpy(about).to(device),
@@ -54,6 +57,7 @@ def made_up(
         block_tables=torch.from_numpy(np.concatenate(tables).astype(np.int32)).to(device),
         selected=tuple(selected),
         num_sink_tokens=NUM_SINK,
+        num_recent_tokens=NUM_RECENT,
         num_slots=NUM_SLOTS,
         block_size=block_size,
     )
@@ -70,7 +74,7 @@ def made_up(
 )
 def test_the_same_slots_are_listed(
     device: torch.device,
-    sequences: list[tuple[int, list[tuple[int, int, int]]]],
+    sequences: list[Share],
     heads: list[int],
     block_size: int,
     num_columns: int,

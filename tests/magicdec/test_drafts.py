@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from magicdec.drafts import (
+    AcceptedDrafts,
     DeviceDraft,
     DeviceTokens,
     Draft,
@@ -15,6 +18,7 @@ from magicdec.drafts import (
 )
 from magicdec.kernels.gumbel import Winners
 from magicdec.sampler import Proposal
+from magicdec.verification import accept
 
 CHOSEN = torch.tensor([[11, 12, 13, 0], [21, 22, 23, 0]])  # [num_steps, bucket], of three rows
 ON_HOST = (Proposal(7), Proposal(8), Proposal(9))
@@ -61,3 +65,37 @@ def test_what_could_not_be_chosen_is_refused_beside_drafts() -> None:
     tokens = DeviceTokens(CHOSEN, num_rows=3)
     with pytest.raises(ValueError, match="row 0 of the scores holds a NaN"):
         fetch(winners([5, 6], float("nan")), [DeviceDraft(tokens, 0, 1)])
+
+
+@settings(deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    drafted=st.lists(st.integers(0, 2), min_size=12, max_size=12),
+    target=st.lists(st.integers(0, 2), min_size=15, max_size=15),
+    gap=st.integers(0, 2),
+    seed=st.integers(0, 100),
+)
+def test_the_device_accepts_as_verification_does(
+    lengths: list[int], drafted: list[int], target: list[int], gap: int, seed: int
+) -> None:
+    """Drafts of other rows and lengths, between choices of others."""
+    tokens = DeviceTokens(torch.tensor(drafted).view(4, 3), num_rows=3)
+    rows = torch.randperm(3, generator=torch.Generator().manual_seed(seed)).tolist()
+    drafts = [DeviceDraft(tokens, row, n) for row, n in zip(rows, lengths, strict=False)]
+    starts, chosen = [], []
+    for draft in drafts:
+        chosen += [9] * gap
+        starts.append(len(chosen))
+        chosen += target[5 * len(starts) - 5 :][: len(draft) + 1]
+    accepted = AcceptedDrafts.of(drafts, starts, torch.tensor(chosen))
+    assert accepted is not None
+    for i, (draft, start) in enumerate(zip(drafts, starts, strict=True)):
+        emitted = accept(draft.token_ids(), chosen[start : start + len(draft) + 1])
+        assert int(accepted.counts[i]) == len(emitted) - 1
+        assert int(accepted.token_ids[i]) == emitted[-1]
+
+
+def test_drafts_of_the_host_are_not_judged_on_the_device() -> None:
+    drafts: list[Draft] = [DeviceDraft(DeviceTokens(CHOSEN, num_rows=3), 0, 1), ON_HOST]
+    assert AcceptedDrafts.of(drafts, [0, 2], torch.zeros(6, dtype=torch.long)) is None
+    assert AcceptedDrafts.of([], [], torch.zeros(0, dtype=torch.long)) is None

@@ -34,7 +34,7 @@ CONFIG = SelectionConfig(num_sink_tokens=4, num_recent_tokens=6)
 
 
 def self_drafter(engine: Engine) -> Any:
-    return engine._executor._runner._drafters["snapkv"]  # type: ignore[attr-defined]
+    return engine._executor._runner._drafters.by_name["snapkv"]  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("drafter", [*POLICIES, "top_k"])

@@ -56,7 +56,7 @@ class Counted:
 
     def _graphs(self) -> tuple[ForwardGraphs, DraftGraphs]:
         runner = self._watched.runner
-        drafter = runner._drafters["streaming"]
+        drafter = runner._drafters.by_name["streaming"]
         assert isinstance(drafter, SelfDrafter) and drafter._graphs is not None
         assert runner._target_forward is not None and runner._target_forward._graphs is not None
         return runner._target_forward._graphs, drafter._graphs

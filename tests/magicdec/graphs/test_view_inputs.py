@@ -1,5 +1,6 @@
 """Views that a device lists hold the positions that an eager round's do."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -67,14 +68,21 @@ def views_of(
 
 
 def listed(
-    cache: PagedKVCache, views: DraftViews, inputs: ViewInputs, list_columns: ListColumns
+    cache: PagedKVCache,
+    views: DraftViews,
+    inputs: ViewInputs,
+    list_columns: ListColumns,
+    accepted: list[int] | None = None,
 ) -> tuple[list[set[int]], int]:
-    """Slots that each layer, head and sequence sees, and how many the widest view has."""
+    """Slots that each layer, head and sequence sees, and how many the widest view may have; where
+    the device says by how much contexts are longer."""
     slots = torch.zeros(len(HEADS), max(HEADS), BUCKET, WIDTH, dtype=torch.int64)
     masks = torch.zeros(len(HEADS), BUCKET, WIDTH + 1)
     widest = inputs.write(views)
-    list_columns(slots, masks, inputs.send(views))
-    batch = len(views.selections)
+    columns, batch = inputs.send(views), len(views.selections)
+    if accepted is not None:
+        columns.sequences[:batch, 2] += torch.tensor(accepted)
+    list_columns(slots, masks, columns)
     assert torch.isinf(masks[:, batch:, :WIDTH]).all()
     seen = masks[:, :, :WIDTH] == 0
     found = [
@@ -83,7 +91,7 @@ def listed(
         for head in range(heads)
         for i in range(batch)
     ]
-    assert max(map(len, found)) == widest
+    assert max(map(len, found)) <= widest
     assert all(len(set(own)) == len(own) for own in found)
     return [set(own) for own in found], widest
 
@@ -127,7 +135,36 @@ def test_a_device_lists_what_eager_rounds_see(
         inputs = ViewInputs(cache, EagerCapturer(DEVICE), BUCKET, MAX_LEN // BLOCK_SIZE + 2)
         expected = seen_eagerly(cache, views)
         for _ in range(2):
-            assert listed(cache, views, inputs, selection_reference.list_columns)[0] == expected
+            found, widest = listed(cache, views, inputs, selection_reference.list_columns)
+            assert found == expected and widest == max(map(len, found))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    shares=st.lists(SHARES, min_size=1, max_size=BUCKET),
+    accepted=st.lists(st.integers(0, 6), min_size=BUCKET, max_size=BUCKET),
+    num_ahead=st.integers(0, 6),
+    draft_length=st.integers(1, 6),
+    num_first_layers=st.integers(0, 4),
+    seed=st.integers(0, 1000),
+)
+def test_a_device_lists_them_where_contexts_are_longer_than_the_host_knows(
+    shares: list[Share],
+    accepted: list[int],
+    num_ahead: int,
+    draft_length: int,
+    num_first_layers: int,
+    seed: int,
+) -> None:
+    cache, views = views_of(shares, draft_length, num_first_layers, seed)
+    lens = views.layout.context_lens
+    by = [min(n, num_ahead, length) for n, length in zip(accepted, lens, strict=False)]
+    known = tuple(length - n for length, n in zip(lens, by, strict=True))
+    layout = replace(views.layout, context_lens=known)
+    before = replace(views, layout=layout, num_ahead=num_ahead)
+    inputs = ViewInputs(cache, EagerCapturer(DEVICE), BUCKET, MAX_LEN // BLOCK_SIZE + 2)
+    list_columns = selection_reference.list_columns
+    assert listed(cache, before, inputs, list_columns, by)[0] == seen_eagerly(cache, views)
 
 
 SOME = [Share(150, 60, 3, 20), Share(9, 24, None, 0), Share(90, 40, 12, 5)]

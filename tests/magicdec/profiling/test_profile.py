@@ -226,7 +226,7 @@ def test_an_engine_answers_after_a_profile_as_if_there_had_been_none(
     assert found.model.costs.keys() == profile_kinds(config)
     profiled.check_integrity()
     assert isinstance(profiled._executor, LocalExecutor)
-    drafter = profiled._executor._runner._drafters["recycled"]
+    drafter = profiled._executor._runner._drafters.by_name["recycled"]
     assert isinstance(drafter, SelfDrafter) and not drafter._selections
     expected, answers = run(plain, requests), run(profiled, requests)
     for request in requests:
