@@ -1,4 +1,4 @@
-"""Rounds of one live batch by plans in turn, each long enough for plain rounds to go on."""
+"""Rounds of one live batch by plans in turn, each long enough for its rounds to go on."""
 
 import time
 from dataclasses import replace
@@ -19,10 +19,10 @@ class Played(NamedTuple):
 
 
 def play_turn(engine: Engine, plan: Plan) -> list[Played]:
-    """A plain round begins the next one, but for the turn's last: that one is another plan's."""
+    """A round begins the next one, but for the turn's last: that one is another plan's."""
     played = []
     for left in reversed(range(ROUNDS_A_TURN)):
-        engine.policy = FixedPolicy(replace(plan, stands=plan.draft_length == 0 and left > 0))
+        engine.policy = FixedPolicy(replace(plan, stands=left > 0))
         started = time.perf_counter()
         num_tokens = sum(len(output.token_ids) for output in engine.step())
         played.append(Played(time.perf_counter() - started, num_tokens))
