@@ -49,6 +49,8 @@ class CpuElementwise:
     another dtype.
     """
 
+    rotate_and_store = None  # see Elementwise
+
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
         self.device, self.dtype = torch.device("cpu"), dtype
         self._norm, self._rotate, self._gate = {

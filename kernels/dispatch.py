@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from magicdec.kernels import kv_store, paged_attention, reference, selection, sparse_attention
+from magicdec.kernels import paged_attention, reference, selection, sparse_attention
 from magicdec.kernels.attention_trials import chunk_seconds, difference_of
 from magicdec.kernels.compiled import compiled_library
 from magicdec.kernels.cpu_attention import CpuAttention
@@ -17,6 +17,7 @@ from magicdec.kernels.cpu_gumbel import CpuGumbelArgmax
 from magicdec.kernels.cpu_largest import CpuLargest
 from magicdec.kernels.cpu_store import CpuStore
 from magicdec.kernels.gumbel import GumbelArgmax, Winners, gumbel_argmax
+from magicdec.kernels.kv_store import StoreKv, store_kv
 from magicdec.kernels.paged_layout import DeviceLayout, PagedLayout
 from magicdec.kernels.selection import LargestIndices, LayeredMass
 from magicdec.kernels.sparse_attention import CopiedView, MakeDeviceView, MakeView
@@ -64,17 +65,6 @@ class ChooseOnDevice(Protocol):
     ) -> Winners: ...
 
 
-class StoreKv(Protocol):
-    def __call__(
-        self,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        slot_mapping: torch.Tensor,
-    ) -> None: ...
-
-
 @dataclass(frozen=True, slots=True)
 class AttentionBackend:
     """The attentions of a round, over pages and over the draft's view of them; and its mass, whose
@@ -85,7 +75,7 @@ class AttentionBackend:
     view: MakeView
     mass: LayeredMass = selection.layered_mass
     largest: LargestIndices = selection.largest_indices
-    store: StoreKv = kv_store.store_kv
+    store: StoreKv = store_kv
     paged_on_device: PagedOnDevice | None = None
     view_on_device: MakeDeviceView | None = None
     columns_on_device: ListColumns | None = None
@@ -151,7 +141,7 @@ def triton_backend() -> AttentionBackend:
         triton_attention,
         triton_gumbel,
         triton_mass,
-        triton_steps,
+        triton_rotary,
         triton_view,
         triton_view_columns,
     )
@@ -161,7 +151,7 @@ def triton_backend() -> AttentionBackend:
         triton_attention.paged_attention,
         triton_view.make_view,
         triton_mass.attention_mass,
-        store=triton_steps.store_kv,
+        store=triton_rotary.store_kv,
         paged_on_device=triton_attention.attend_on_device,
         view_on_device=triton_view.ListedView,
         columns_on_device=triton_view_columns.list_columns,

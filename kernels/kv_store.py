@@ -1,6 +1,21 @@
 """Writing K/V rows into pages."""
 
+from typing import Protocol
+
 import torch
+
+
+class StoreKv(Protocol):
+    """See store_kv."""
+
+    def __call__(
+        self,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None: ...
 
 
 def store_kv(

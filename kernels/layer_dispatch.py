@@ -14,6 +14,22 @@ from magicdec.kernels.linear_trials import difference_of_linears
 logger = logging.getLogger(__name__)
 
 
+class RotateAndStore(Protocol):
+    def __call__(
+        self,
+        rows: torch.Tensor,  # [num_rows, heads of query, key and value]
+        cos: torch.Tensor,  # [num_rows, head_dim]
+        sin: torch.Tensor,
+        k_cache: torch.Tensor,  # [num_kv_heads, num_slots, head_dim]
+        v_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,  # [num_rows], below 0: nowhere
+        norms: HeadNorms | None = None,  # of query and key heads
+    ) -> None:
+        """rotate() and kv_store.store_kv bit for bit: query heads are turned in `rows`, key heads
+        are turned in the pages alone."""
+        ...
+
+
 class Elementwise(Protocol):
     """What stands between linears, of tensors of one device and dtype."""
 
@@ -36,6 +52,11 @@ class Elementwise(Protocol):
         num_heads: int,
         norms: HeadNorms | None = None,
     ) -> torch.Tensor: ...
+
+    @property
+    def rotate_and_store(self) -> RotateAndStore | None:
+        """None: no kernel does both."""
+        ...
 
     def silu_product(self, rows: torch.Tensor) -> torch.Tensor: ...
 

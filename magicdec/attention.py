@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from magicdec.kernels.dispatch import AttentionBackend
+from magicdec.kernels.heads import Heads, RotatedHeads
 from magicdec.kernels.paged_layout import PagedLayout
 from magicdec.kernels.transfer import send
 from magicdec.kv_cache import PagedKVCache
@@ -26,15 +27,13 @@ class AttentionContext(Protocol):
     def attend(
         self,
         layer: int,
-        query: torch.Tensor,  # [num_query_heads, num_rows, head_dim]
-        key: torch.Tensor,  # [num_kv_heads, num_rows, head_dim]
-        value: torch.Tensor,
+        heads: Heads,
         *,
         scaling: float,
         sliding_window: int | None,
         softcap: float | None,
     ) -> torch.Tensor:
-        """Stores the rows' K/V and returns their attention, shaped like query."""
+        """Stores the rows' K/V and returns their attention, shaped like their query."""
         ...
 
 
@@ -107,9 +106,7 @@ def attention_forward(
     assert isinstance(module.layer_idx, int)
     output = attention_context.attend(
         module.layer_idx,
-        query[0],
-        key[0],
-        value[0],
+        RotatedHeads(query[0], key[0], value[0]),
         scaling=scaling,
         sliding_window=sliding_window,
         softcap=softcap,
@@ -138,16 +135,14 @@ class PagedAttention:
     def attend(
         self,
         layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        heads: Heads,
         *,
         scaling: float,
         sliding_window: int | None,
         softcap: float | None,
     ) -> torch.Tensor:
         k_cache, v_cache = self._cache.k[layer], self._cache.v[layer]
-        self._backend.store(k_cache, v_cache, key, value, self._slot_mapping)
+        query = heads.stored(self._backend.store, k_cache, v_cache, self._slot_mapping)
         output = self._backend.paged(
             query, k_cache, v_cache, self._layout, scaling, sliding_window, softcap
         )

@@ -38,8 +38,9 @@ class CompiledDecoderLayer(nn.Module):
     ) -> torch.Tensor:
         rows = hidden_states[0].contiguous()
         cos, sin = (turns[0].contiguous() for turns in position_embeddings)
-        heads = self._kernel.start(rows, cos, sin).transpose(0, 1)
-        output = self._attention.attend(heads, attention_context)
+        attention = self._attention
+        heads = attention.split(self._kernel.start(rows, cos, sin).transpose(0, 1))
+        output = attention.attend(heads, attention_context)
         return self._kernel.end(output.contiguous(), rows)[None]
 
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from magicdec.draft_views import DraftViews
 from magicdec.kernels.dispatch import AttentionBackend
+from magicdec.kernels.heads import Heads
 from magicdec.kernels.sparse_attention import DraftView
 from magicdec.kv_cache import PagedKVCache
 from magicdec.sparse_kv import select_streaming
@@ -79,9 +80,7 @@ class DraftAttention:
     def attend(
         self,
         layer: int,
-        query: torch.Tensor,  # [num_query_heads, batch, head_dim]
-        key: torch.Tensor,  # [num_kv_heads, batch, head_dim]
-        value: torch.Tensor,
+        heads: Heads,
         *,
         scaling: float,
         sliding_window: int | None,
@@ -95,7 +94,8 @@ class DraftAttention:
             slots = columns.slots[index]
             self._kernels[layer] = self._backend.view(*pages, slots, self._views.draft_length)
         mask = masks[index if len(masks) > 1 else 0]
-        return self._kernels[layer].attend(query, key, value, self._step, mask, scaling, softcap)
+        view = self._kernels[layer]
+        return view.attend(*heads.rotated(), self._step, mask, scaling, softcap)
 
     def _columns_of(self, layer: int, sliding_window: int | None) -> _Columns:
         key = (self._is_first(layer), sliding_window, self._cache.k[layer].shape[0])

@@ -9,6 +9,8 @@ from torch import nn
 
 from magicdec.attention import AttentionContext
 from magicdec.kernels.head_norms import HeadNorms
+from magicdec.kernels.heads import Heads, RotatedHeads
+from magicdec.kernels.kv_store import StoreKv
 from magicdec.kernels.layer_dispatch import Elementwise, FewRowLinears
 
 
@@ -96,7 +98,7 @@ class Asked:
     """What an attention module asks of its context."""
 
     layer: int
-    states: tuple[torch.Tensor, ...]  # query, key, value
+    states: tuple[torch.Tensor, ...]  # query, key, value, rotated
     limits: dict[str, float | int | None]  # scaling, sliding_window, softcap
 
 
@@ -119,11 +121,11 @@ class FusedAttention(nn.Module):
         query, key, _ = asked.states
         self._layer, self._limits = asked.layer, asked.limits
         self.num_heads, self.num_kv_heads, self.head_dim = len(query), len(key), query.shape[2]
-        counts = (self.num_heads, self.num_kv_heads)
+        self._head_counts = counts = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         parts = [norm.weight.expand(n, -1) for norm, n in zip(norms, counts, strict=False)]
         self.register_buffer("norm_weights", torch.cat(parts) if parts else None)
         self._epsilon = norms[0].epsilon if norms else 0.0
-        self._kernels = kernels
+        self.kernels = kernels
 
     def forward(
         self,
@@ -135,10 +137,7 @@ class FusedAttention(nn.Module):
     ) -> tuple[torch.Tensor, None]:
         rows: torch.Tensor = self.qkv_proj(hidden_states[0])
         cos, sin = position_embeddings[0][0], position_embeddings[1][0]
-        rows = self._kernels.rotate(
-            rows, cos, sin, self.num_heads + self.num_kv_heads, self.head_norms
-        )
-        heads = rows.view(len(rows), -1, self.head_dim).transpose(0, 1)
+        heads = _UnrotatedHeads(rows, cos, sin, self)
         return self.o_proj(self.attend(heads, attention_context)[None]), None
 
     @property
@@ -146,13 +145,52 @@ class FusedAttention(nn.Module):
         weights = self.norm_weights
         return None if weights is None else HeadNorms(weights, self._epsilon)
 
-    def attend(self, heads: torch.Tensor, context: AttentionContext) -> torch.Tensor:
-        """[num_rows, heads x head_dim] of query, key and value, [heads, num_rows, head_dim]."""
-        counts = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-        query, key, value = heads.split_with_sizes(counts)
+    def split(self, heads: torch.Tensor) -> RotatedHeads:
+        """Of query, key and value, rotated: [heads, num_rows, head_dim]."""
+        return RotatedHeads(*heads.split_with_sizes(self._head_counts))
+
+    def attend(self, heads: Heads, context: AttentionContext) -> torch.Tensor:
+        """[num_rows, num_heads x head_dim]"""
         limits: Any = self._limits
-        output = context.attend(self._layer, query, key, value, **limits)
-        return output.transpose(0, 1).reshape(heads.shape[1], -1)
+        output = context.attend(self._layer, heads, **limits)
+        return output.transpose(0, 1).reshape(output.shape[1], -1)
+
+
+@dataclass(frozen=True, slots=True)
+class _UnrotatedHeads:
+    """Heads as the linear leaves them, of which each context gets what it asks for in one call of
+    a kernel, where there is one."""
+
+    rows: torch.Tensor  # [num_rows, heads x head_dim], rotated where they lie
+    cos: torch.Tensor  # [num_rows, head_dim]
+    sin: torch.Tensor
+    attention: FusedAttention
+
+    def rotated(self) -> RotatedHeads:
+        """See Heads."""
+        attention = self.attention
+        num_turned = attention.num_heads + attention.num_kv_heads
+        rotate = attention.kernels.rotate
+        return self._split(rotate(self.rows, self.cos, self.sin, num_turned, attention.head_norms))
+
+    def stored(
+        self,
+        store: StoreKv,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> torch.Tensor:
+        """See Heads."""
+        both = self.attention.kernels.rotate_and_store
+        pages = k_cache, v_cache, slot_mapping
+        if both is None:
+            return self.rotated().stored(store, *pages)
+        both(self.rows, self.cos, self.sin, *pages, self.attention.head_norms)
+        return self._split(self.rows).query
+
+    def _split(self, rows: torch.Tensor) -> RotatedHeads:
+        attention = self.attention
+        return attention.split(rows.view(len(rows), -1, attention.head_dim).transpose(0, 1))
 
 
 class FusedDecoderLayer(nn.Module):

@@ -21,6 +21,8 @@ from magicdec.fused_layers import (
     FusedRmsNorm,
 )
 from magicdec.kernels.cpu_elementwise import DIMS_MULTIPLE
+from magicdec.kernels.heads import Heads
+from magicdec.kernels.kv_store import store_kv
 from magicdec.kernels.layer_dispatch import Elementwise, select_few_row_linears
 from magicdec.kernels.linear_trials import ColdTimer
 
@@ -36,12 +38,21 @@ _SPLIT_SUMS = 10.0  # times as much of the mean where a GPU sums products otherw
 
 
 class _Recorder:
-    """An AttentionContext that answers with the query."""
+    """An AttentionContext that answers with the query; of states like these, whose K/V it has put
+    into pages."""
 
-    def __init__(self) -> None:
+    def __init__(self, paged: tuple[torch.Tensor, ...] | None = None) -> None:
+        self._paged = paged
         self.asked: list[Asked] = []
 
-    def attend(self, layer: int, *states: torch.Tensor, **limits: float | int | None) -> Any:
+    def attend(self, layer: int, heads: Heads, **limits: float | int | None) -> Any:
+        states: tuple[torch.Tensor, ...]
+        if self._paged is None:
+            states = heads.rotated()
+        else:
+            k_cache, v_cache = (state.new_zeros(state.shape) for state in self._paged[1:])
+            slots = torch.arange(k_cache.shape[1], device=k_cache.device)
+            states = heads.stored(store_kv, k_cache, v_cache, slots), k_cache, v_cache
         self.asked.append(Asked(layer, states, limits))
         return states[0]
 
@@ -145,7 +156,7 @@ def _fused_attention(attention: Any, turned: set[int], kernels: Elementwise) -> 
         return None
     fused = None
     for rows in _trials(attention.q_proj.in_features, kernels):
-        expected, actual = _Recorder(), _Recorder()
+        expected = _Recorder()
         output, _ = attention(
             hidden_states=rows,
             position_embeddings=turns,
@@ -154,11 +165,11 @@ def _fused_attention(attention: Any, turned: set[int], kernels: Elementwise) -> 
         )
         (asked,) = expected.asked
         fused = fused or FusedAttention(attention, asked, norms, kernels)
-        result, _ = fused(rows, turns, attention_context=actual)
-        pairs = zip(actual.asked[0].states, asked.states, strict=True)
-        states_agree = all(_agree(one, other, True) for one, other in pairs)
-        if not (_agree(result, output, True) and states_agree):
-            return None
+        for actual in (_Recorder(), _Recorder(asked.states)):
+            result, _ = fused(rows, turns, attention_context=actual)
+            theirs, ours = (output, *asked.states), (result, *actual.asked[0].states)
+            if not all(_agree(one, other, True) for one, other in zip(ours, theirs, strict=True)):
+                return None
     return fused
 
 

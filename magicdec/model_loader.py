@@ -30,6 +30,7 @@ from magicdec.compute_dtype import compute_dtype, packing_library
 from magicdec.config import ConfigError, EngineConfig, ModelConfig
 from magicdec.fused_modules import fuse_modules
 from magicdec.kernels.cpu_linear import PackedLinear, pack_linears
+from magicdec.kernels.heads import Heads
 from magicdec.kernels.layer_dispatch import select_elementwise
 from magicdec.kernels.transfer import send
 from magicdec.kv_cache import LayerSpec
@@ -95,14 +96,13 @@ class _Probe:
     def attend(
         self,
         layer: int,
-        query: torch.Tensor,  # [num_query_heads, num_rows, head_dim]
-        key: torch.Tensor,
-        value: torch.Tensor,
+        heads: Heads,
         *,
         scaling: float,
         sliding_window: int | None,
         softcap: float | None,
     ) -> torch.Tensor:
+        query, key, value = heads.rotated()
         if layer != len(self.layers):
             raise UnsupportedModel(f"attention layer {layer} ran as number {len(self.layers)}")
         if key.shape[-1] != value.shape[-1]:

@@ -12,6 +12,7 @@ from magicdec.batch import ScheduledSequence
 from magicdec.config import MAX_DRAFT_LENGTH, SelectionConfig
 from magicdec.drafters.draft_model import Piece, Positions
 from magicdec.kernels.dispatch import AttentionBackend
+from magicdec.kernels.heads import Heads
 from magicdec.kernels.paged_layout import PagedLayout
 from magicdec.kv_cache import PagedKVCache
 from magicdec.sparse_kv import select_streaming
@@ -180,9 +181,7 @@ class RingAttention:
     def attend(
         self,
         layer: int,
-        query: torch.Tensor,  # [num_query_heads, num_rows, head_dim]
-        key: torch.Tensor,  # [num_kv_heads, num_rows, head_dim]
-        value: torch.Tensor,
+        heads: Heads,
         *,
         scaling: float,
         sliding_window: int | None,
@@ -195,9 +194,7 @@ class RingAttention:
             )
         return self._by_window[sliding_window].attend(
             layer,
-            query,
-            key,
-            value,
+            heads,
             scaling=scaling,
             sliding_window=sliding_window,
             softcap=softcap,

@@ -12,6 +12,7 @@ from magicdec.attention import AttentionObserver
 from magicdec.batch import ScheduledSequence
 from magicdec.drafters.base import Forward, Propose
 from magicdec.drafters.self_draft import draft_layout, draft_steps
+from magicdec.kernels.heads import Heads
 from magicdec.kernels.paged_layout import PagedLayout
 from magicdec.kernels.reference import masked_attention
 from magicdec.kv_cache import PagedKVCache
@@ -63,15 +64,14 @@ class _TopKAttention:
     def attend(
         self,
         layer: int,
-        query: torch.Tensor,  # [num_query_heads, batch, head_dim]
-        key: torch.Tensor,  # [num_kv_heads, batch, head_dim]
-        value: torch.Tensor,
+        heads: Heads,
         *,
         scaling: float,
         sliding_window: int | None,
         softcap: float | None,
     ) -> torch.Tensor:
         """See AttentionContext."""
+        query, key, value = heads.rotated()
         own = self._own.setdefault(layer, [])
         own.append((key, value))
         outputs = []

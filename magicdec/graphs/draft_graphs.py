@@ -26,6 +26,7 @@ from magicdec.graphs.capture import NUM_STAGINGS, Capturer, Graph, KeptForward
 from magicdec.graphs.draft_inputs import DraftInputs
 from magicdec.graphs.view_inputs import ViewInputs
 from magicdec.kernels.dispatch import AttentionBackend, ChooseOnDevice
+from magicdec.kernels.heads import Heads
 from magicdec.kernels.sparse_attention import DeviceView
 from magicdec.kernels.view_columns import ViewColumns
 from magicdec.kv_cache import LayerSpec, PagedKVCache
@@ -73,9 +74,7 @@ class _GraphViews:
     def attend(
         self,
         layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        heads: Heads,
         *,
         scaling: float,
         sliding_window: int | None,
@@ -83,7 +82,7 @@ class _GraphViews:
     ) -> torch.Tensor:
         """See AttentionContext."""
         view, mask = self._views[layer], self.masks[layer]
-        return view.attend_at(query, key, value, self._step, mask, scaling, softcap)
+        return view.attend_at(*heads.rotated(), self._step, mask, scaling, softcap)
 
     def fill(self, columns: ViewColumns) -> None:
         """The round's views, all of its own columns shown."""

@@ -21,6 +21,7 @@ from magicdec.drafts import resolve
 from magicdec.graphs.capture import NUM_STAGINGS, Capturer, Graph, KeptForward
 from magicdec.graphs.forward_inputs import MOST_ROWS, NO_SLOT, TIERS, ForwardInputs, Shape
 from magicdec.kernels.dispatch import AttentionBackend
+from magicdec.kernels.heads import Heads
 from magicdec.kernels.paged_layout import DeviceLayout, PagedLayout
 from magicdec.kv_cache import PagedKVCache
 
@@ -57,9 +58,7 @@ class GraphAttention:
     def attend(
         self,
         layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        heads: Heads,
         *,
         scaling: float,
         sliding_window: int | None,
@@ -67,8 +66,8 @@ class GraphAttention:
     ) -> torch.Tensor:
         """See AttentionContext."""
         k_cache, v_cache = self._cache.k[layer], self._cache.v[layer]
+        query = heads.stored(self._store, k_cache, v_cache, self._slots)
         self._attended[layer] = _Attended(query, scaling, sliding_window, softcap)
-        self._store(k_cache, v_cache, key, value, self._slots)
         return self._paged(query, k_cache, v_cache, self.layout, scaling, sliding_window, softcap)
 
     def show(self, observers: Sequence[AttentionObserver], row_starts: Sequence[int]) -> None:

@@ -22,6 +22,7 @@ from magicdec.kernels import (
     triton_linear,
     triton_mass,
     triton_merge,
+    triton_rotary,
     triton_steps,
     triton_view,
     triton_view_columns,
@@ -116,9 +117,11 @@ def variants() -> list[Variant]:
         found.append(Variant(name, triton_steps._rms_norm, norm))
     for has_norms, name in ((False, "rotate"), (True, "norm and rotate")):
         rotation = {"HAS_NORMS": has_norms, "HEAD_DIM": 128, "BLOCK": 64}
-        found.append(Variant(name, triton_steps._rotate, rotation, num_warps=1))
+        found.append(Variant(name, triton_rotary._rotate, rotation, num_warps=1))
+        kernel = triton_rotary._rotate_and_store
+        found.append(Variant(f"{name} and store", kernel, rotation, num_warps=1))
     stored = {"HEAD_DIM": 128, "BLOCK": 128}
-    found.append(Variant("store", triton_steps._store_kv, stored, num_warps=1))
+    found.append(Variant("store", triton_rotary._store_kv, stored, num_warps=1))
     found.append(Variant("silu product", triton_steps._silu_product, {"BLOCK": 1024}))
     return found + _linears()
 

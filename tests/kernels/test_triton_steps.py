@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from magicdec.kernels import gumbel, reference, triton_gumbel, triton_steps
 from magicdec.kernels.gumbel import Draw, Role
-from magicdec.kernels.head_norms import HeadNorms
 from tests.kernels.choices import DRAWS, made_up_scores
 
 GENERATED = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -104,34 +103,3 @@ def test_norms_and_gates_agree_with_the_reference(
     assert torch.equal(normed, kernels.rms_norm(summed, weight, 1e-5))
     gated = kernels.silu_product(rows)
     close(gated, reference.silu_product(rows))
-
-
-@pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("head_dim", [64, 80, 128])
-@pytest.mark.parametrize("has_norms", [False, True])
-def test_rows_are_rotated_and_stored(
-    device: torch.device, dtype: torch.dtype, head_dim: int, has_norms: bool
-) -> None:
-    """Of 3 query and 2 KV heads, with norms or without; no other slot is touched."""
-    generator = torch.Generator().manual_seed(head_dim)
-    rows = torch.randn(4, 7 * head_dim, generator=generator).to(dtype).to(device)
-    angles = torch.randn(4, head_dim // 2, generator=generator).repeat(1, 2)
-    cos, sin = angles.cos().to(dtype).to(device), angles.sin().to(dtype).to(device)
-    weights = torch.randn(5, head_dim, generator=generator).to(dtype).to(device)
-    norms = HeadNorms(weights, 1e-5) if has_norms else None
-    expected = reference.rotate(rows, cos, sin, 5, norms)
-    k_cache, v_cache = torch.zeros(2, 2, 32, head_dim, dtype=dtype, device=device)
-    slots = torch.tensor([9, 0, 31, 4], device=device)
-    close = partial(torch.testing.assert_close, atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype])
-    turned = triton_steps.TritonElementwise(device, dtype).rotate(rows, cos, sin, 5, norms)
-    close(turned, expected)
-    heads = expected.view(4, 7, head_dim).transpose(0, 1)
-    triton_steps.store_kv(k_cache, v_cache, heads[3:5], heads[5:7], slots)
-    nowhere = torch.full_like(slots, -1)
-    triton_steps.store_kv(k_cache, v_cache, heads[:2] + 1, heads[:2] + 1, nowhere)
-    torch.testing.assert_close(k_cache[:, slots], heads[3:5])
-    torch.testing.assert_close(v_cache[:, slots], heads[5:7])
-    others = torch.ones(32, dtype=torch.bool)
-    others[slots.cpu()] = False
-    assert not k_cache[:, others].any()
-    assert not v_cache[:, others].any()

@@ -14,6 +14,7 @@ from magicdec.fused_layers import FusedAttention, FusedDecoderLayer, FusedMlp, F
 from magicdec.fused_modules import fuse_modules
 from magicdec.kernels.compiled import compiled_library
 from magicdec.kernels.cpu_linear import pack_linears
+from magicdec.kernels.heads import Heads
 from magicdec.kernels.layer_dispatch import select_elementwise
 from magicdec.model_loader import LoadedModel, describe_model
 from tests.conftest import FAMILIES
@@ -42,11 +43,10 @@ class Sums:
     def attend(
         self,
         layer: int,
-        query: torch.Tensor,  # [num_query_heads, num_rows, head_dim]
-        key: torch.Tensor,
-        value: torch.Tensor,
+        heads: Heads,
         **limits: float | int | None,
     ) -> torch.Tensor:
+        query, key, value = heads.rotated()
         per_head = len(query) // len(key)
         scale = sum(limit for limit in limits.values() if limit is not None)
         return (query + (key * value).repeat_interleave(per_head, dim=0)) * scale / 100 + layer
