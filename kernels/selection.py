@@ -105,15 +105,15 @@ def rank_top(
     chunk_size: int = 1,
     coverage: float = 1.0,
     largest: LargestIndices = largest_indices,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The positions in first..stop-1 that hold most of the mass, a KV head, best first; and how
-    many of them each layer needs.
+    many of them each layer needs, None for all.
 
     The mass is averaged over pool_size neighbours (odd, same length; SnapKV, arXiv 2404.14469).
     chunk_size positions, aligned to `first`, are chosen together; one cut short by `stop` never is,
     being beside the recent positions that are read anyway. With coverage below 1, a layer needs no
     more than its neediest head does to hold that share of all its mass together with the keys
-    outside first..stop-1, which are always read; else, all of them.
+    outside first..stop-1, which are always read.
     Returns int64 [num_layers, num_kv_heads, at most count] and int64 [num_layers]; the host waits
     for neither.
     """
@@ -122,20 +122,19 @@ def rank_top(
     candidates = rows[:, first:stop]
     count = min(count, candidates.shape[1])
     if count <= 0 or len(rows) == 0:
-        none = mass.new_zeros(num_layers, num_kv_heads, 0, dtype=torch.long)
-        return none, mass.new_zeros(num_layers, dtype=torch.long)
+        return mass.new_zeros(num_layers, num_kv_heads, 0, dtype=torch.long), None
     if pool_size > 1:
         pooled = avg_pool1d(rows[:, None], pool_size, stride=1, padding=pool_size // 2)
         candidates = pooled[:, 0, first:stop]
     chosen = _best_chunks(candidates, count, chunk_size, largest)
-    needed = mass.new_full((num_layers,), chosen.shape[1], dtype=torch.long)
-    if coverage < 1.0:
-        inside = rows[:, first:stop]
-        held = inside.gather(1, chosen).cumsum(dim=1)
-        wanted = coverage * rows.sum(dim=1) - (rows.sum(dim=1) - inside.sum(dim=1))
-        steps = (held < wanted[:, None]).sum(dim=1).view(num_layers, num_kv_heads)
-        needed = torch.minimum(steps.amax(dim=1) + 1, needed)
-    return (chosen + first).view(num_layers, num_kv_heads, -1), needed
+    positions = (chosen + first).view(num_layers, num_kv_heads, -1)
+    if coverage >= 1.0:
+        return positions, None
+    inside = rows[:, first:stop]
+    held = inside.gather(1, chosen).cumsum(dim=1)
+    wanted = coverage * rows.sum(dim=1) - (rows.sum(dim=1) - inside.sum(dim=1))
+    steps = (held < wanted[:, None]).sum(dim=1).view(num_layers, num_kv_heads)
+    return positions, (steps.amax(dim=1) + 1).clamp(max=chosen.shape[1])
 
 
 def _best_chunks(

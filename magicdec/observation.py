@@ -74,18 +74,20 @@ class _Shown:
 
 @dataclass(frozen=True, slots=True)
 class _Ranked:
-    """Of some layers, the positions of one sequence, best first, and how many each layer needs."""
+    """Of some layers, the positions of one sequence, best first, and how many each layer needs, or
+    all."""
 
     selection: Selection
     layers: tuple[int, ...]
     positions: torch.Tensor  # [len(layers), num_kv_heads, n]
-    needed: torch.Tensor  # [len(layers)]
+    needed: torch.Tensor | None  # [len(layers)]
 
 
 class SelectionObserver:
     """Scores the observed rows against all of their keys, and keeps the best of each layer.
 
-    Layers alike are scored at once, and the host waits once for all sequences and layers.
+    Layers alike are scored at once. The host waits once for all sequences and layers, where a share
+    of the mass says how many keys they need.
     Sliding-window layers draft over the recent part of their own window instead.
     """
 
@@ -147,11 +149,12 @@ class SelectionObserver:
             for layers in self._alike(self._num_keys(place))
         ]
         self._shown = []
-        if not ranked:
-            return
-        counts = torch.cat([own.needed for own in ranked]).tolist()
+        needed = [own.needed for own in ranked if own.needed is not None]
+        counts = torch.cat(needed).tolist() if needed else []
         for own in ranked:
-            mine, counts = counts[: len(own.layers)], counts[len(own.layers) :]
+            mine = [own.positions.shape[2]] * len(own.layers)
+            if own.needed is not None:
+                mine, counts = counts[: len(mine)], counts[len(mine) :]
             own.selection.add(own.layers, own.positions, mine)
 
     def _num_keys(self, place: int) -> int:

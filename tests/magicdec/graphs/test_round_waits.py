@@ -75,10 +75,15 @@ class Counted:
 
 
 def counted(
-    folder: Path, by_graphs: MakeWatched, sampling: list[SamplingParams], draft_length: int
+    folder: Path,
+    by_graphs: MakeWatched,
+    sampling: list[SamplingParams],
+    draft_length: int,
+    drafter: str = "streaming",
 ) -> list[tuple[int, int]]:
     """Of the second of two runs, which finds all graphs."""
-    watched = by_graphs(engine_config(folder, draft_length=draft_length), largest)
+    config = engine_config(folder, draft_length=draft_length, drafter=drafter, draft_budget=24)
+    watched = by_graphs(config, largest)
     prompts = random_prompts([20, 12, 9][: len(sampling)])
     for name in ("first", "second"):
         of_run = Counted(watched) if name == "second" else None
@@ -88,11 +93,14 @@ def counted(
     return of_run.waits
 
 
-@pytest.mark.parametrize("draft_length", [0, 2])
+@pytest.mark.parametrize(
+    ("draft_length", "drafter"), [(0, "streaming"), (2, "streaming"), (2, "recycled")]
+)
 def test_the_host_waits_once_a_round(
-    folder: Path, by_graphs: MakeWatched, draft_length: int
+    folder: Path, by_graphs: MakeWatched, draft_length: int, drafter: str
 ) -> None:
-    waits = counted(folder, by_graphs, [SAMPLED, GREEDY], draft_length)
+    """Where views are chosen again, too."""
+    waits = counted(folder, by_graphs, [SAMPLED, GREEDY], draft_length, drafter)
     assert len(waits) >= 4
     assert {n for _, n in waits} == {1}
     assert any(drafted > 0 for drafted, _ in waits) is (draft_length > 0)
