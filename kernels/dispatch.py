@@ -140,6 +140,7 @@ def triton_backend() -> AttentionBackend:
     from magicdec.kernels import (
         triton_attention,
         triton_gumbel,
+        triton_largest,
         triton_mass,
         triton_rotary,
         triton_view,
@@ -151,6 +152,7 @@ def triton_backend() -> AttentionBackend:
         triton_attention.paged_attention,
         triton_view.make_view,
         triton_mass.attention_mass,
+        triton_largest.largest_indices,
         store=triton_rotary.store_kv,
         paged_on_device=triton_attention.attend_on_device,
         view_on_device=triton_view.ListedView,

@@ -42,7 +42,8 @@ class LargestIndices(Protocol):
 def largest_indices(scores: torch.Tensor, count: int) -> torch.Tensor:
     """Of each row of fp32 [num_rows, num_entries], largest first: int64 [num_rows, count].
 
-    `count` is at most num_entries. Which of equal entries comes first is not said.
+    `count` is at most num_entries. Which of equal entries comes first is not said here; of kernels
+    in C++ and Triton it is the one of lower position, zeros of both signs being equal.
     """
     return scores.topk(count, dim=1).indices
 

@@ -68,6 +68,12 @@ def attention_mass(
     return mass
 
 
+def largest_indices(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """By sorting Python numbers. Of equal entries, zeros of both signs too, by lower position."""
+    chosen = [sorted(range(len(row)), key=lambda i: -row[i])[:count] for row in scores.tolist()]
+    return torch.tensor(chosen, dtype=torch.long).reshape(len(scores), count)
+
+
 def rank_top(
     mass: torch.Tensor,  # fp32 [num_layers, num_kv_heads, num_keys]
     first: int,

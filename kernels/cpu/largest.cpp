@@ -20,8 +20,9 @@ struct Entry {
 
 thread_local std::vector<Entry> entries, sorted;
 
-// Ascending keys are descending floats; minus infinity comes last.
+// Ascending keys are descending floats; minus infinity comes last, and zeros are equal.
 inline uint32_t descending_key(float value) {
+  value += 0.0f;  // of minus zero, zero
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
   return bits & 0x80000000u ? bits : ~bits & 0x7FFFFFFFu;

@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 from magicdec.kernels import (
     triton_attention,
     triton_gumbel,
+    triton_largest,
     triton_linear,
     triton_mass,
     triton_merge,
@@ -68,6 +69,7 @@ class Variant:
     constants: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 3
+    most_registers: int | None = None
     types: dict[str, str] = field(default_factory=dict)  # that differ from _TYPES
 
 
@@ -110,6 +112,7 @@ def variants() -> list[Variant]:
     constants = {"BLOCK_SIZE": 64, "BLOCK": 256}
     kernel = triton_view_columns._list_columns
     found.append(Variant("list a view's columns", kernel, constants, types=listed))
+    found.append(_largest())
     scores = {"scores": "*fp32"}
     found.append(Variant("choose", triton_gumbel._choose, {"BLOCKS": 128}, types=scores))
     for has_residual, name in ((False, "rms norm of 4096"), (True, "sum and rms norm of 4096")):
@@ -124,6 +127,18 @@ def variants() -> list[Variant]:
     found.append(Variant("store", triton_rotary._store_kv, stored, num_warps=1))
     found.append(Variant("silu product", triton_steps._silu_product, {"BLOCK": 1024}))
     return found + _linears()
+
+
+def _largest() -> Variant:
+    types = {"bits": "*i32", "taken_keys": "*i32", "taken": "*i32", "width": "i32"}
+    return Variant(
+        "the largest of rows",
+        triton_largest._take_largest,
+        triton_largest.CONSTANTS,
+        num_warps=triton_largest.NUM_WARPS,
+        most_registers=triton_largest.MOST_REGISTERS,
+        types=types,
+    )
 
 
 def _linears() -> list[Variant]:
@@ -163,6 +178,8 @@ def measure(variant: Variant, architecture: int) -> dict[str, int]:
         {(i,): [["tt.divisibility", 16]] for i in aligned},
     )
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    if variant.most_registers is not None:
+        options["maxnreg"] = variant.most_registers
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     registers, stack = _resources(compiled.asm["cubin"])
     return {"registers": registers, "stack": stack, "shared": compiled.metadata.shared}
