@@ -26,6 +26,7 @@ from magicdec.kernels.dispatch import select_backend
 from magicdec.kernels.layer_dispatch import select_elementwise
 from magicdec.kernels.paged_layout import PagedLayout
 from magicdec.model_loader import LoadedModel, describe_model
+from tests.benchmarks.gpu.choices import choice_rows
 from tests.benchmarks.gpu.end_to_end import end_to_end_rows
 from tests.benchmarks.gpu.rounds import round_rows
 from tests.benchmarks.gpu.steps import Steps, read_bandwidth, seconds_of
@@ -67,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{record['machine']}: reads {bandwidth / 1e9:.0f} GB/s")
     record["attention"] = attention_rows(device, bandwidth, args.tiny)
     print_table(record["attention"], {key: key for key in record["attention"][0]})
+    record["choices"] = choice_rows(device, args.tiny)
+    print_table(record["choices"], {key: key for key in record["choices"][0]})
     record["steps"] = []
     for name, config in shapes(args.tiny).items():
         record["steps"] += step_rows(name, config, device, bandwidth, args.tiny)
