@@ -28,7 +28,7 @@ class Plan:
     max_prefill_rows: int | None = None  # None: all that the token budget leaves
     prompt_drafter: str | None = None  # whose view a prompt's last chunk seeds; None: drafter's
     explores: bool = False  # one round to learn by: what serves later ones alone is put off
-    stands: bool = False  # the next round's is the same, while the requests are
+    stands: bool = False  # the next round's is to be the same, while the requests are
 
     def draft_length_of(self, request_id: str) -> int:
         return self.draft_lengths.get(request_id, self.draft_length)

@@ -22,8 +22,8 @@ class Drafted:
 
     drafts: Sequence[Draft]  # a sequence
     spans: Sequence[DeviceSpan]  # of drafting
-    # Begins with verification where drafts were begun before the step, which has part of their
-    # time alone; to be ended by who verifies.
+    # Begins with verification where drafts were begun before the step, whose time on the host has
+    # a part of theirs, asked for or not; to be ended by who verifies.
     verifying: DeviceSpan | None = None
 
     def divide(self, seconds: float) -> tuple[float, float]:
@@ -50,7 +50,6 @@ class RankDrafters:
         begun, self._next = self._next, None
         drafts: list[Draft] = [() for _ in sequences]
         spans: list[DeviceSpan] = []
-        verifying = None
         for drafter in self._each:
             mine = [i for i, s in enumerate(sequences) if self._drafts_for(drafter, s)]
             if not mine:
@@ -61,14 +60,13 @@ class RankDrafters:
                 found = begun.drafts_of(own)
             if begun is not None and found is not None:
                 spans.append(begun.span)
-                verifying = DeviceSpan(self._device)
             else:
                 spans.append(DeviceSpan(self._device))
                 found = drafter.propose(own)
                 spans[-1].end()
             for i, draft in zip(mine, found, strict=True):
                 drafts[i] = draft
-        return Drafted(drafts, spans, verifying)
+        return Drafted(drafts, spans, None if begun is None else DeviceSpan(self._device))
 
     def _drafts_for(self, drafter: Drafter, sequence: ScheduledSequence) -> bool:
         draft = sequence.draft
