@@ -71,11 +71,42 @@ def check_chosen(chosen: list[int]) -> None:
         raise ValueError(f"row {row} of the scores holds a NaN, or nothing above -inf")
 
 
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """What becomes of logits before they are chosen from."""
+
+    greatest: torch.Tensor  # fp32 [num_rows], of the whole vocabulary
+    temperatures: torch.Tensor  # fp32 [num_rows]
+
+    def of(self, logits: torch.Tensor) -> torch.Tensor:
+        return scaled_scores(logits.float(), self.greatest, self.temperatures)
+
+
+def scaled_scores(
+    scores: torch.Tensor,  # fp32 [num_rows, a rank's share of the vocabulary]
+    greatest: torch.Tensor,  # fp32 [num_rows], of all ranks
+    temperatures: torch.Tensor,  # [num_rows]
+) -> torch.Tensor:
+    """Each row's distance to its greatest score over its temperature; at 0 the row as it is.
+
+    All are on one device, and nothing is read on the host: it may be part of a graph.
+    """
+    is_greedy = temperatures <= 0.0
+    # Dividing large scores would round their differences away.
+    shift = greatest.masked_fill(is_greedy, 0.0)
+    scale = temperatures.to(scores.dtype).masked_fill(is_greedy, 1.0)
+    return (scores - shift[:, None]).div_(scale[:, None])
+
+
 class GumbelArgmax(Protocol):
     """gumbel_argmax, by whichever code."""
 
     def __call__(
-        self, scores: torch.Tensor, draws: Sequence[Draw | None], first_entry: int = 0
+        self,
+        scores: torch.Tensor,
+        draws: Sequence[Draw | None],
+        first_entry: int = 0,
+        scaling: Scaling | None = None,
     ) -> Winners: ...
 
 
@@ -149,9 +180,11 @@ def gumbel_argmax(
     scores: torch.Tensor,  # [num_rows, num_entries], any float dtype
     draws: Sequence[Draw | None],  # a row; None: its largest score, the first of equals
     first_entry: int = 0,  # of the vocabulary, where the scores are of a part of it
+    scaling: Scaling | None = None,  # None: scores are chosen from as they are
 ) -> Winners:
     """One entry a row. Raises ValueError for what check_draws refuses."""
     check_draws(scores, draws, first_entry)
+    scores = scores if scaling is None else scaling.of(scores)
     tops, places = scores.max(dim=-1)
     values, entries = tops.double(), places + first_entry
     for i, draw in enumerate(draws):

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from magicdec.kernels import gumbel
-from magicdec.kernels.gumbel import ENTRIES_PER_BLOCK, Draw, Winners
+from magicdec.kernels.gumbel import ENTRIES_PER_BLOCK, Draw, Scaling, Winners
 from magicdec.kernels.transfer import send
 
 _WORDS = tl.constexpr(ENTRIES_PER_BLOCK)  # of 32 bits
@@ -122,11 +122,15 @@ def draw_keys(draws: Sequence[Draw | None]) -> torch.Tensor:
 
 
 def gumbel_argmax(
-    scores: torch.Tensor, draws: Sequence[Draw | None], first_entry: int = 0
+    scores: torch.Tensor,
+    draws: Sequence[Draw | None],
+    first_entry: int = 0,
+    scaling: Scaling | None = None,
 ) -> Winners:
     """See gumbel.gumbel_argmax."""
     gumbel.check_draws(scores, draws, first_entry)
     if len(draws) == 0:
         return gumbel.gumbel_argmax(scores, draws, first_entry)
+    scores = scores if scaling is None else scaling.of(scores)
     scores = scores if scores.stride(1) == 1 else scores.contiguous()
     return choose_on_device(scores, send(draw_keys(draws), scores.device), first_entry)

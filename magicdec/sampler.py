@@ -18,6 +18,7 @@ from magicdec.kernels.gumbel import (
     Draw,
     GumbelArgmax,
     Role,
+    Scaling,
     Winners,
     gumbel_argmax,
     perturbed_argmax,
@@ -104,10 +105,12 @@ class Sampler:
     ) -> Winners:
         """sample() as the device has it."""
         vocabulary = vocabulary or Vocabulary.whole(logits.shape[1])
-        draws = [shared_draw(row) for row in rows]
-        if not all(map(self._is_plain_argmax, rows)):
+        draws, scaling = [shared_draw(row) for row in rows], None
+        if all(map(self.only_scales, rows)):
+            scaling = _scaling(logits, rows, vocabulary)
+        else:
             logits = self.process_rows(logits.float(), rows, vocabulary)
-        return vocabulary.best(self._gumbel_argmax(logits, draws, vocabulary.start))
+        return vocabulary.best(self._gumbel_argmax(logits, draws, vocabulary.start, scaling))
 
     def process(self, scores: torch.Tensor, row: SamplerRow) -> torch.Tensor:
         """Penalties, bias, min_tokens, temperature, top-k, top-p, min-p; removed entries are -inf.
@@ -120,7 +123,9 @@ class Sampler:
         self, scores: torch.Tensor, rows: list[SamplerRow], vocabulary: Vocabulary
     ) -> torch.Tensor:
         """process() of every row, [num_rows, this rank's share], on all ranks together."""
-        scores = _scaled(self._adjusted(scores, rows, vocabulary), rows, vocabulary)
+        scores = self._adjusted(scores, rows, vocabulary)
+        scaling = _scaling(scores, rows, vocabulary)
+        scores = scores if scaling is None else scaling.of(scores)
         if not any(removes(sampling, vocabulary.size) for sampling in _distinct(rows)):
             return scores
         cut = [i for i, row in enumerate(rows) if removes(row.sampling, vocabulary.size)]
@@ -157,9 +162,6 @@ class Sampler:
         keeps_all = sampling.top_k <= 0 and sampling.top_p >= 1.0 and sampling.min_p <= 0.0
         return self._keeps_logits(row) and (sampling.temperature == 0.0 or keeps_all)
 
-    def _is_plain_argmax(self, row: SamplerRow) -> bool:
-        return row.sampling.temperature == 0.0 and self._keeps_logits(row)
-
     def _keeps_logits(self, row: SamplerRow) -> bool:
         sampling = row.sampling
         return (
@@ -188,22 +190,6 @@ def _may_adjust(sampling: SamplingParams) -> bool:
     return sampling.has_penalties or bool(sampling.logit_bias) or sampling.min_tokens > 0
 
 
-def scaled_scores(
-    scores: torch.Tensor,  # fp32 [num_rows, this rank's share]
-    greatest: torch.Tensor,  # fp32 [num_rows], of all ranks
-    temperatures: torch.Tensor,  # [num_rows]
-) -> torch.Tensor:
-    """Each row's distance to its greatest score over its temperature; at 0 the row as it is.
-
-    All are on one device, and nothing is read on the host: it may be part of a graph.
-    """
-    is_greedy = temperatures <= 0.0
-    # Dividing large scores would round their differences away.
-    shift = greatest.masked_fill(is_greedy, 0.0)
-    scale = temperatures.to(scores.dtype).masked_fill(is_greedy, 1.0)
-    return (scores - shift[:, None]).div_(scale[:, None])
-
-
 def shared_draw(row: SamplerRow) -> Draw | None:
     """The noise that draft and target share at the row's position; None: greedy."""
     sampling = row.sampling
@@ -218,14 +204,15 @@ def _draw(row: SamplerRow, role: Role) -> Draw:
     return Draw(row.sampling.seed, row.position, role, step)
 
 
-def _scaled(scores: torch.Tensor, rows: list[SamplerRow], vocabulary: Vocabulary) -> torch.Tensor:
-    """Divided by the rows' temperatures, where they have one."""
+def _scaling(
+    logits: torch.Tensor, rows: list[SamplerRow], vocabulary: Vocabulary
+) -> Scaling | None:
+    """By the rows' temperatures, where they have one."""
     temperatures = [row.sampling.temperature for row in rows]
     if not any(temperatures):
-        return scores
-    greatest = vocabulary.greatest(scores.amax(dim=1))
-    divisors = send(torch.tensor(temperatures, dtype=scores.dtype), scores.device)
-    return scaled_scores(scores, greatest, divisors)
+        return None
+    greatest = vocabulary.greatest(logits.amax(dim=1).float())
+    return Scaling(greatest, send(torch.tensor(temperatures, dtype=torch.float32), logits.device))
 
 
 def _penalize(scores: torch.Tensor, row: SamplerRow, vocabulary: Vocabulary) -> None:

@@ -65,7 +65,9 @@ struct DrawKey {
 };
 
 struct ChoiceCall {
-  const float* scores;  // [num_rows, num_entries]
+  const void* scores;        // [num_rows, num_entries]
+  const float* greatest;     // [num_rows], or null with temperatures: scores are as they are
+  const float* temperatures;
   const DrawKey* keys;  // [num_rows]
   double* values;       // [num_rows]; NaN: among the scores; -inf: none is above it
   int64_t* entries;     // [num_rows], of the whole vocabulary

@@ -50,58 +50,98 @@ struct Best {
   }
 };
 
-// Without an entry: a NaN among the scores, or none above -inf, as the value says.
-Best largest_entry(const float* scores, int64_t size) {
+// A row of logits, and what is chosen from in its place: each one's distance to the greatest over
+// the temperature, rounded as the two operations are; at temperature 0, or without one, itself.
+template <typename Logit>
+struct Row {
+  const Logit* logits;
+  int64_t size;
+  float shift = 0.0f, scale = 1.0f;
+
+  float score(int64_t entry) const { return (to_float(logits[entry]) - shift) / scale; }
+
+  // No logit below it has a score of `least`.
+  float bound(double least) const {
+    const double distance = least * scale;
+    const double slack = 1e-6 * (std::abs(distance) + std::abs(shift)) + 1e-30;
+    return std::nextafter(static_cast<float>(distance + shift - slack), -kInfinity);
+  }
+};
+
+// Of the logits. Without an entry: a NaN is among them, or none above -inf, as the value says.
+template <typename Logit>
+Best largest_entry(const Row<Logit>& row) {
   Floats top = splat(-kInfinity);
   Ints ordered = ~Ints{};
   int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) {
-    const Floats value = load<Floats>(scores + i);
+  for (; i + kLanes <= row.size; i += kLanes) {
+    const Floats value = load_floats(row.logits + i);
     ordered &= value == value;
     top = larger(top, value);
   }
   float most = largest(top);
   bool all_ordered = true;
   for (int lane = 0; lane < kLanes; ++lane) all_ordered &= ordered[lane] != 0;
-  for (; i < size; ++i) {
-    all_ordered &= scores[i] == scores[i];
-    most = std::fmax(most, scores[i]);
+  for (; i < row.size; ++i) {
+    const float value = to_float(row.logits[i]);
+    all_ordered &= value == value;
+    most = std::fmax(most, value);
   }
   if (!all_ordered) return {NAN, -1};
   if (most == -kInfinity) return {};
-  for (i = 0; i + kLanes <= size; i += kLanes)
-    if (largest(load<Floats>(scores + i)) == most) break;
-  while (scores[i] != most) ++i;
+  for (i = 0; i + kLanes <= row.size; i += kLanes)
+    if (largest(load_floats(row.logits + i)) == most) break;
+  while (to_float(row.logits[i]) != most) ++i;
   return {most, i};
 }
 
-Best choose(const float* scores, int64_t size, int64_t first_block, const DrawKey& key) {
-  const Best top = largest_entry(scores, size);
-  if (top.entry < 0 || !key.is_random) return top;
-  uint32_t words[kBlock];
+template <typename Logit>
+Best choose(const Row<Logit>& row, int64_t first_block, const DrawKey& key) {
+  static_assert(kLanes % kBlock == 0);
+  const Best top = largest_entry(row);
+  if (!key.is_random) return top;
+  if (!std::isfinite(row.shift)) return {NAN, -1};  // distances to it order nothing
+  if (top.entry < 0) return top;
   Best best;
-  philox(first_block + top.entry / kBlock + 1, key, words);
-  best.consider(scores[top.entry], words[top.entry % kBlock], top.entry);
-  for (int64_t first = 0; first < size; first += kBlock) {
-    const int64_t count = std::min(kBlock, size - first);
-    const auto needed = static_cast<float>(best.value - kMostNoise);
-    int num_candidates = 0;
-    for (int64_t i = 0; i < count; ++i) num_candidates += scores[first + i] >= needed;
-    if (num_candidates == 0) continue;
+  float needed = 0.0f;
+  const auto consider_block = [&](int64_t first) {
+    uint32_t words[kBlock];
     philox(first_block + first / kBlock + 1, key, words);
-    for (int64_t i = 0; i < count; ++i) best.consider(scores[first + i], words[i], first + i);
-  }
+    for (int64_t i = first; i < std::min(first + kBlock, row.size); ++i)
+      best.consider(row.score(i), words[i - first], i);
+    needed = row.bound(best.value - kMostNoise);
+  };
+  consider_block(top.entry / kBlock * kBlock);
+  int64_t first = 0;
+  for (; first + kLanes <= row.size; first += kLanes)
+    if (any_above(load_floats(row.logits + first), needed))
+      for (int64_t block = first; block < first + kLanes; block += kBlock) consider_block(block);
+  for (; first < row.size; first += kBlock) consider_block(first);
   return best;
+}
+
+template <typename Logit>
+void choose_each(const ChoiceCall* call) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(call->num_threads)
+  for (int64_t i = 0; i < call->num_rows; ++i) {
+    Row<Logit> row{static_cast<const Logit*>(call->scores) + i * call->num_entries,
+                   call->num_entries};
+    if (call->temperatures && call->temperatures[i] > 0.0f) {
+      row.shift = call->greatest[i];
+      row.scale = call->temperatures[i];
+    }
+    const Best best = choose(row, call->first_entry / kBlock, call->keys[i]);
+    call->values[i] = best.value;
+    call->entries[i] = call->first_entry + best.entry;
+  }
 }
 
 }  // namespace
 
-extern "C" void gumbel_argmax(const ChoiceCall* call) {
-#pragma omp parallel for schedule(dynamic, 1) num_threads(call->num_threads)
-  for (int64_t row = 0; row < call->num_rows; ++row) {
-    const Best best = choose(call->scores + row * call->num_entries, call->num_entries,
-                             call->first_entry / kBlock, call->keys[row]);
-    call->values[row] = best.value;
-    call->entries[row] = call->first_entry + best.entry;
-  }
-}
+extern "C" {
+
+void gumbel_argmax_float32(const ChoiceCall* call) { choose_each<float>(call); }
+
+void gumbel_argmax_bfloat16(const ChoiceCall* call) { choose_each<BFloat16>(call); }
+
+}  // extern "C"

@@ -26,11 +26,12 @@ from magicdec.graphs.capture import NUM_STAGINGS, Capturer, Graph, KeptForward
 from magicdec.graphs.draft_inputs import DraftInputs
 from magicdec.graphs.view_inputs import ViewInputs
 from magicdec.kernels.dispatch import AttentionBackend, ChooseOnDevice
+from magicdec.kernels.gumbel import scaled_scores
 from magicdec.kernels.heads import Heads
 from magicdec.kernels.sparse_attention import DeviceView
 from magicdec.kernels.view_columns import ViewColumns
 from magicdec.kv_cache import LayerSpec, PagedKVCache
-from magicdec.sampler import SamplerRow, scaled_scores
+from magicdec.sampler import SamplerRow
 from magicdec.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)

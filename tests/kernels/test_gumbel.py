@@ -17,6 +17,7 @@ from magicdec.kernels.dispatch import select_gumbel_argmax
 from magicdec.kernels.gumbel import (
     Draw,
     Role,
+    Scaling,
     gumbel_argmax,
     gumbel_noise,
     random_words,
@@ -70,6 +71,53 @@ def test_compiled_code_chooses_the_same_entries(
     scores = made_up_scores(len(draws), num_entries, spread, removed, seed)
     choose = CpuGumbelArgmax(library)
     assert choose(scores, draws).token_ids() == gumbel_argmax(scores, draws).token_ids()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    num_entries=st.integers(1, 300),
+    spread=st.floats(0.0, 40.0),
+    removed=st.floats(0.0, 0.9),
+    temperature=st.sampled_from([1e-5, 0.3, 1.0, 1.7, 50.0]),
+    far=st.sampled_from([0.0, -300.0, 1e6]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    draws=DRAWS,
+    seed=st.integers(0, 10_000),
+)
+def test_compiled_code_scales_logits_as_others_do(
+    num_entries: int,
+    spread: float,
+    removed: float,
+    temperature: float,
+    far: float,
+    dtype: torch.dtype,
+    draws: list[Draw | None],
+    seed: int,
+) -> None:
+    """Bit for bit: a part of the vocabulary, whose greatest logit may be another part's."""
+    library = compiled_library()
+    if library is None:
+        pytest.skip("there is no compiler here")
+    logits = (made_up_scores(len(draws), num_entries, spread, removed, seed) + far).to(dtype)
+    temperatures = torch.tensor([0.0 if draw is None else temperature for draw in draws])
+    others = torch.rand(len(draws), generator=torch.Generator().manual_seed(seed))
+    scaling = Scaling(logits.float().amax(dim=1) + others.round(), temperatures)
+    found = CpuGumbelArgmax(library)(logits, draws, 8, scaling)
+    expected = gumbel_argmax(logits, draws, 8, scaling)
+    assert torch.equal(found.chosen(), expected.chosen())
+    torch.testing.assert_close(found.values, expected.values, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_whose_distances_order_nothing_are_refused(bad: float, dtype: torch.dtype) -> None:
+    logits = torch.zeros(2, 41)
+    logits[1, 7 if bad > 0 or bad != bad else slice(None)] = bad
+    logits = logits.to(dtype)
+    scaling = Scaling(logits.float().amax(dim=1), torch.ones(2))
+    for choose in (gumbel_argmax, select_gumbel_argmax(torch.device("cpu"))):
+        with pytest.raises(ValueError, match="row 1 of the scores holds a NaN, or nothing above"):
+            choose(logits, [Draw(1, 2), Draw(1, 3)], 0, scaling).token_ids()
 
 
 @settings(max_examples=100, deadline=None)

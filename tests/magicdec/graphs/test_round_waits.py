@@ -11,7 +11,7 @@ from magicdec.batch import Batch, StepResult
 from magicdec.drafters.self_draft import SelfDrafter
 from magicdec.graphs.draft_graphs import DraftGraphs
 from magicdec.graphs.forward_graphs import ForwardGraphs
-from magicdec.kernels.gumbel import Draw, Winners
+from magicdec.kernels.gumbel import Draw, Scaling, Winners
 from magicdec.types import Request, SamplingParams
 from tests.conftest import engine_config
 from tests.generation import random_prompts, run
@@ -27,8 +27,14 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
 PENALISED = SamplingParams(temperature=0.0, presence_penalty=0.5, max_tokens=7, ignore_eos=True)
 
 
-def largest(scores: torch.Tensor, draws: Sequence[Draw | None], first_entry: int = 0) -> Winners:
+def largest(
+    scores: torch.Tensor,
+    draws: Sequence[Draw | None],
+    first_entry: int = 0,
+    scaling: Scaling | None = None,
+) -> Winners:
     """Without noise, by operations that HostCopies sees."""
+    scores = scores if scaling is None else scaling.of(scores)
     values, entries = scores.max(dim=1)
     return Winners(values.double(), entries + first_entry)
 
