@@ -198,14 +198,19 @@ def test_sixteen_clients_get_what_one_gets(app: ServedApp) -> None:
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_disconnect_frees_the_cache(app: ServedApp, chat: bool) -> None:
+    """A whole answer may take less time than it takes to look: then another one is asked for."""
     wait_idle(app)
     body: dict[str, Any] = {"model": MODEL, "max_tokens": 480, "ignore_eos": True, "stream": True}
     prompt = {"messages": [{"role": "user", "content": "hi"}]} if chat else {"prompt": "hi"}
     path = "chat/completions" if chat else "completions"
-    with httpx.stream("POST", f"{app.url}/v1/{path}", json={**body, **prompt}) as response:
-        next(response.iter_lines())
-        assert app.replicas()[0].load.num_running == 1
-    wait_idle(app, seconds=2.0)
+    for _ in range(5):
+        with httpx.stream("POST", f"{app.url}/v1/{path}", json={**body, **prompt}) as response:
+            next(response.iter_lines())
+            was_running = app.replicas()[0].load.num_running == 1
+        wait_idle(app, seconds=2.0)
+        if was_running:
+            return
+    pytest.fail("no answer was seen running")
 
 
 def test_disconnect_of_a_waiting_client_frees_the_cache(app: ServedApp) -> None:
