@@ -8,9 +8,9 @@ import torch
 from magicdec.attention import AttentionContext
 
 _WARM_UPS = 2  # what a first call compiles or allocates is not of a graph
-# Of what the host writes for a round, in turn. Between two waits a round sends twice at most: what
-# it begins of the next one, and what is asked for in place of that. The wait after says that both
-# have been read but for the last, so the one after those two is free.
+# Places that a round's inputs are written to on the host, in turn. Between two waits they are sent
+# twice at most: for the round itself, and for what it begins of the next. After a wait all has been
+# read that was sent before it but for the last, so of three the one whose turn it is has been.
 NUM_STAGINGS = 3
 
 

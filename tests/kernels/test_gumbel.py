@@ -26,6 +26,8 @@ from magicdec.kernels.gumbel import (
 from tests.distributions import FALSE_ALARM, fit
 from tests.kernels.choices import DRAWS, made_up_scores
 
+LIBRARY = compiled_library()
+needs_compiler = pytest.mark.skipif(LIBRARY is None, reason="there is no compiler here")
 NUM_SEEDS, NUM_POSITIONS, NUM_ENTRIES = 40, 40, 64
 Words = Callable[[int, int, int, int, int], NDArray[np.uint32]]
 Grid = NDArray[np.uint32]
@@ -53,6 +55,7 @@ def test_shared_noise_keeps_its_values() -> None:
     np.testing.assert_array_equal(words, random_words(5, 7, 4, Role.SHARED, 0))
 
 
+@needs_compiler
 @settings(max_examples=100, deadline=None)
 @given(
     num_entries=st.integers(1, 300),
@@ -65,14 +68,13 @@ def test_compiled_code_chooses_the_same_entries(
     num_entries: int, spread: float, removed: float, draws: list[Draw | None], seed: int
 ) -> None:
     """Ties among them: a spread of 0 makes all scores equal."""
-    library = compiled_library()
-    if library is None:
-        pytest.skip("there is no compiler here")
     scores = made_up_scores(len(draws), num_entries, spread, removed, seed)
-    choose = CpuGumbelArgmax(library)
+    assert LIBRARY is not None
+    choose = CpuGumbelArgmax(LIBRARY)
     assert choose(scores, draws).token_ids() == gumbel_argmax(scores, draws).token_ids()
 
 
+@needs_compiler
 @settings(max_examples=100, deadline=None)
 @given(
     num_entries=st.integers(1, 300),
@@ -95,14 +97,12 @@ def test_compiled_code_scales_logits_as_others_do(
     seed: int,
 ) -> None:
     """Bit for bit: a part of the vocabulary, whose greatest logit may be another part's."""
-    library = compiled_library()
-    if library is None:
-        pytest.skip("there is no compiler here")
     logits = (made_up_scores(len(draws), num_entries, spread, removed, seed) + far).to(dtype)
     temperatures = torch.tensor([0.0 if draw is None else temperature for draw in draws])
     others = torch.rand(len(draws), generator=torch.Generator().manual_seed(seed))
     scaling = Scaling(logits.float().amax(dim=1) + others.round(), temperatures)
-    found = CpuGumbelArgmax(library)(logits, draws, 8, scaling)
+    assert LIBRARY is not None
+    found = CpuGumbelArgmax(LIBRARY)(logits, draws, 8, scaling)
     expected = gumbel_argmax(logits, draws, 8, scaling)
     assert torch.equal(found.chosen(), expected.chosen())
     torch.testing.assert_close(found.values, expected.values, rtol=1e-12, atol=1e-12)

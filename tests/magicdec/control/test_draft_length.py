@@ -21,6 +21,7 @@ from tests.magicdec.control.controller_world import (
     BUDGETS,
     CHAT,
     FACTS,
+    GPU,
     HARD,
     LONG,
     VIEWS,
@@ -36,8 +37,6 @@ from tests.magicdec.control.controller_world import (
     renamed,
 )
 
-# One H100 or so: steps of 6 ms and more, verify rows almost free.
-GPU = Machine(0.006, 2e-5, 1.5e-5, 4e-8, 1e-9, draft_step=0.0045, draft_per_sequence=2e-5)
 NOTHING = Text(constant(0.0), (7000,) * 8, name="nothing")
 
 

@@ -4,10 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from tests.magicdec.control.controller_world import FACTS, LONG, Machine, Text, World, controller
-
-# One H100 or so: steps of 6 ms and more, verify rows almost free.
-GPU = Machine(0.006, 2e-5, 1.5e-5, 4e-8, 1e-9, draft_step=0.0045, draft_per_sequence=2e-5)
+from tests.magicdec.control.controller_world import FACTS, GPU, LONG, Text, World, controller
 
 
 @pytest.mark.parametrize("text", [LONG, FACTS], ids=["long", "facts"])

@@ -15,7 +15,7 @@ from magicdec.drafts import Draft
 from magicdec.engine import Engine
 from magicdec.types import Request, SamplingParams
 from tests.conftest import EngineFactory, engine_config
-from tests.generation import random_prompts, run, token_ids
+from tests.magicdec.graphs.arrivals import answers, requests_of
 from tests.magicdec.graphs.conftest import MakeWatched, Watched
 
 if torch.cuda.is_available():
@@ -24,26 +24,11 @@ if torch.cuda.is_available():
 GREEDY = SamplingParams(temperature=0.0, max_tokens=14, ignore_eos=True)
 SAMPLED = SamplingParams(temperature=0.8, seed=5, max_tokens=16, ignore_eos=True)
 NUM_DRAFTS = 2
+NUM_BEFORE = 4  # steps before the others arrive
 
 
 def requests(*sampling: SamplingParams) -> list[Request]:
-    prompts = random_prompts([40, 13, 9][: len(sampling)])
-    return [Request(str(i), tuple(prompts[i]), own) for i, own in enumerate(sampling)]
-
-
-def answers(engine: Engine, wanted: list[Request]) -> dict[str, list[int]]:
-    """All but the first arrive while it decodes. Nothing is lost of the pool."""
-    engine.add(wanted[0])
-    early = [output for _ in range(4) for output in engine.step()]
-    for request in wanted[1:]:
-        engine.add(request)
-    found: dict[str, list[int]] = {request.request_id: [] for request in wanted}
-    for output in early:
-        found[output.request_id] += output.token_ids
-    for name, rest in run(engine).items():
-        found[name] += token_ids(rest)
-    engine.check_integrity()
-    return found
+    return requests_of([40, 13, 9], sampling)
 
 
 class Begun:
@@ -85,9 +70,9 @@ def test_drafted_rounds_begin_the_next_drafts_and_accept_as_many(
     """Views that are chosen again, prompts that join, and answers that end one by one."""
     plain, watched = engines(folder, make_engine, by_graphs, "recycled")
     wanted = requests(GREEDY, SAMPLED, replace(SAMPLED, seed=6, max_tokens=9))
-    expected = answers(plain, wanted)
+    expected = answers(plain, wanted, NUM_BEFORE)
     begun = Begun(watched)
-    assert answers(watched.engine, wanted) == expected
+    assert answers(watched.engine, wanted, NUM_BEFORE) == expected
     stats = watched.engine.stats
     assert stats == replace(
         plain.stats, draft_seconds=stats.draft_seconds, verify_seconds=stats.verify_seconds
@@ -101,14 +86,14 @@ def test_who_stops_unforeseen_leaves_the_others_their_drafts(
     folder: Path, make_engine: EngineFactory, by_graphs: MakeWatched
 ) -> None:
     plain, watched = engines(folder, make_engine, by_graphs)
-    tokens = answers(plain, requests(GREEDY, SAMPLED))["1"]
+    tokens = answers(plain, requests(GREEDY, SAMPLED), NUM_BEFORE)["1"]
     stop = next(i for i, token in enumerate(tokens) if i >= 5 and token not in tokens[:i])
     stopping = replace(SAMPLED, stop_token_ids=(tokens[stop],))
     wanted = requests(replace(GREEDY, max_tokens=18), stopping)
-    expected = answers(plain, wanted)
+    expected = answers(plain, wanted, NUM_BEFORE)
     assert len(expected["1"]) == stop + 1
     begun = Begun(watched)
-    assert answers(watched.engine, wanted) == expected
+    assert answers(watched.engine, wanted, NUM_BEFORE) == expected
     assert begun.found >= 5
     assert begun.begun - begun.found <= 2
 
@@ -141,7 +126,7 @@ def test_drafts_that_nobody_asks_for_change_nothing(
     plans = [plan for other in others for plan in (DRAFTED, DRAFTED, other)]
     plain.policy, watched.engine.policy = in_turns(plans), in_turns(plans)
     begun = Begun(watched)
-    assert answers(watched.engine, wanted) == answers(plain, wanted)
+    assert answers(watched.engine, wanted, NUM_BEFORE) == answers(plain, wanted, NUM_BEFORE)
     assert begun.begun - begun.found >= 2 and begun.found >= 2
 
 
@@ -153,7 +138,7 @@ def test_shorter_drafts_are_the_first_of_those_that_were_begun(
     plans = [replace(DRAFTED, draft_length=1, stands=False), DRAFTED]
     plain.policy, watched.engine.policy = in_turns(plans), in_turns(plans)
     begun = Begun(watched)
-    assert answers(watched.engine, wanted) == answers(plain, wanted)
+    assert answers(watched.engine, wanted, NUM_BEFORE) == answers(plain, wanted, NUM_BEFORE)
     assert watched.engine.stats.num_accepted_tokens == plain.stats.num_accepted_tokens
     assert begun.found >= 2 and begun.begun - begun.found <= 1
 
@@ -164,5 +149,5 @@ def test_a_plan_that_does_not_stand_begins_nothing(
     _, watched = engines(folder, make_engine, by_graphs)
     watched.engine.policy = FixedPolicy(replace(DRAFTED, stands=False))
     begun = Begun(watched)
-    answers(watched.engine, requests(replace(GREEDY, max_tokens=6)))
+    answers(watched.engine, requests(replace(GREEDY, max_tokens=6)), NUM_BEFORE)
     assert begun.begun == 0 and watched.engine.stats.num_draft_tokens > 0
